@@ -1,0 +1,60 @@
+"""The contracts between rooms: what a batch holds and what a model's forward returns.
+
+Legend of shape letters, used everywhere:
+    N  utterances in a batch          S  audio samples of the longest utterance
+    T  frames                         C  channels (features, model width)
+    H  attention heads                K  classes of a label set
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PretrainBatch:
+    """Audio with frame labels.
+
+    Attributes:
+        audio: (N, S) float waveforms at the frontend's sample rate, zero-padded at the end.
+        labels: one (N, L) integer tensor per label set, on that set's own time grid.
+        audio_lens: (N,) int64 sample counts, always on the CPU so that checking them never waits for a device;
+            None means that nothing is padded.
+    """
+
+    audio: Tensor
+    labels: tuple[Tensor, ...]
+    audio_lens: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PretrainBatch:
+        """The same batch on another device; `audio_lens` stays on the CPU."""
+        return replace(
+            self,
+            audio=self.audio.to(device, non_blocking=non_blocking),
+            labels=tuple(labels.to(device, non_blocking=non_blocking) for labels in self.labels),
+        )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `forward(batch)` of every model returns; only the trainer divides.
+
+    Attributes:
+        loss: scalar, a *sum* over targets.
+        num_targets: scalar int64, how many targets the sum runs over.
+        metrics: detached device-side sums (or histograms of counts), to be added over batches and ranks.
+    """
+
+    loss: Tensor
+    num_targets: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def padding_mask_from_lens(lens: Tensor, max_len: int, device: torch.device) -> Tensor:
+    """(N, max_len) bool, True at padding, for (N,) lengths."""
+    lens = lens.to(device, non_blocking=True)
+    return torch.arange(max_len, device=device).unsqueeze(0) >= lens.unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Pure torch mechanisms, one per file; imports nothing else of k2ssl."""

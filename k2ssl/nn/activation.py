@@ -1,0 +1,118 @@
+"""SwooshL and SwooshR, and the layer activation -> dropout -> linear that remembers nothing but its input.
+
+Formulas: arXiv 2310.11230, section 3.3. Both are softplus shifted right, tilted by -0.08 x, and moved to pass (almost) through zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from k2ssl.nn.dropout import Dropout
+from k2ssl.nn.initial import scale_initial
+from k2ssl.nn.schedule import Clock, Schedule
+
+_SLOPE = 0.08
+
+
+@dataclass(frozen=True)
+class Swoosh:
+    """log(1 + exp(x - shift)) - 0.08 x - offset."""
+
+    shift: float
+    offset: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Value at `x`, any shape, in `x`'s dtype."""
+        return F.softplus(x - self.shift) - _SLOPE * x - self.offset
+
+    def derivative(self, x: Tensor) -> Tensor:
+        """d/dx at `x`."""
+        return torch.sigmoid(x - self.shift) - _SLOPE
+
+
+swoosh_l = Swoosh(shift=4.0, offset=0.035)  # for feed-forward layers: "normally off"
+swoosh_r = Swoosh(shift=1.0, offset=0.313261687)  # zero at x = 0: for convolutions
+
+
+class SwooshDropoutLinear(nn.Module):
+    """linear(dropout(swoosh(x))), keeping only `x` for the backward pass.
+
+    Plain autograd would keep the activation's input, its output and the dropped-out output, each as wide as the hidden layer; here
+    the latter two are computed again from `x`. The activation is computed in float32 under autocast.
+
+    Args:
+        in_dim, out_dim: widths of the linear layer.
+        activation: `swoosh_l` or `swoosh_r`.
+        clock: source of randomness.
+        dropout: rate or schedule; one mask is shared by all time steps (axis 1) of a sequence.
+        initial_scale: multiplies the linear layer's default initialisation.
+
+    Upstream: ActivationDropoutAndLinear.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        activation: Swoosh,
+        clock: Clock,
+        dropout: float | Schedule = 0.0,
+        initial_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.dropout = Dropout(dropout, clock, shared_dim=1)
+        linear = scale_initial(nn.Linear(in_dim, out_dim), initial_scale)
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, in_dim) -> (N, T, out_dim)."""
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        return _SwooshDropoutLinear.apply(x, self.weight, self.bias, self.dropout.mask(x), self.activation, dtype)
+
+
+class _SwooshDropoutLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        ctx.activation = activation
+        ctx.dtype = dtype
+        ctx.bias_dtype = bias.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = _activate(x, mask, activation).to(dtype)
+            return F.linear(hidden, weight.to(dtype), bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask = ctx.saved_tensors
+        grad = grad.to(ctx.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            hidden = _activate(x, mask, ctx.activation).to(ctx.dtype)
+            grad_weight = (rows.t() @ hidden.reshape(rows.shape[0], -1)).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            derivative = ctx.activation.derivative(_at_least_float32(x))
+            if mask is not None:
+                derivative = derivative * mask
+            grad_x = ((grad @ weight.to(ctx.dtype)) * derivative).to(x.dtype)
+        grad_bias = rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
+    hidden = activation(_at_least_float32(x))
+    return hidden if mask is None else hidden * mask
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,217 @@
+"""Values that follow the batch count, and the clock that training-time randomness hangs on.
+
+Every training-only mechanism of the encoder (balancers, skips, dropouts) needs two things that change from step to step: how far
+training has come, and random numbers. Both live in one `Clock`, handed to each mechanism when it is built. Nothing is pushed onto
+sub-modules and no global random state is read, so `clock.seed(...)` before a step makes that step repeatable bit by bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Schedule:
+    """Piecewise-linear function of the adjusted batch count, constant outside its first and last point.
+
+    Args:
+        points: (batch count, value) pairs with strictly increasing batch counts.
+
+    Raises:
+        ValueError: no points, a value that is not finite, or batch counts out of order.
+
+    Source: arXiv 2310.11230 (Zipformer), where it is called ScheduledFloat.
+    """
+
+    def __init__(self, *points: tuple[float, float]) -> None:
+        if not points:
+            raise ValueError("Schedule: points is empty, at least one (batch count, value) pair is needed")
+        if not all(math.isfinite(number) for point in points for number in point):
+            raise ValueError(f"Schedule: points {points} must be finite numbers")
+        counts = [count for count, _ in points]
+        if any(right <= left for left, right in itertools.pairwise(counts)):
+            raise ValueError(f"Schedule: batch counts {counts} must increase strictly")
+        self.points = tuple((float(count), float(value)) for count, value in points)
+
+    def __call__(self, batch_count: float) -> float:
+        """Value at `batch_count`."""
+        count, value = self.points[0]
+        if batch_count <= count:
+            return value
+        for next_count, next_value in self.points[1:]:
+            if batch_count <= next_count:
+                return value + (next_value - value) * (batch_count - count) / (next_count - count)
+            count, value = next_count, next_value
+        return value
+
+    def __repr__(self) -> str:
+        return f"Schedule{self.points}"
+
+
+def constant(value: float) -> Schedule:
+    """A schedule that never changes."""
+    return Schedule((0.0, value))
+
+
+class Clock:
+    """What changes from one training step to the next: the batch count, random generators, and slow flags.
+
+    One clock serves one model. `advance` and `seed` are the only calls a training loop makes; both are cheap and neither waits for
+    the device.
+
+    - `batch_count` drives every `Schedule`. It is the adjusted count: seconds of audio seen over a reference batch duration.
+    - `chance` answers host-side questions ("does this regulariser act this time?").
+    - `generator(device)` draws masks and dropouts on the device.
+    - *Flags* are booleans that a backward pass computes on the device and that later host-side decisions use (`Whiten` asks whether
+      its limit was exceeded). `advance` starts copying them to the host and makes use of the copy begun one call earlier, so the
+      host never waits and the outcome does not depend on timing.
+
+    `state_dict` holds all of it, differs between ranks, and is what an exact resume must restore.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.batch_count = 0.0
+        self._host = random.Random()
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._flags_host: list[bool] = []
+        self._flags_device: dict[torch.device, Tensor] = {}
+        self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._seed = 0
+        self.seed(seed)
+
+    def seed(self, *parts: int) -> None:
+        """Restart all generators from integers such as (seed, rank, epoch, step); equal parts give equal draws."""
+        digest = hashlib.blake2b(repr(tuple(int(part) for part in parts)).encode(), digest_size=8).digest()
+        self._seed = int.from_bytes(digest, "little") >> 1  # torch takes signed 64-bit seeds
+        self._host.seed(self._seed)
+        for generator in self._generators.values():
+            generator.manual_seed(self._seed)
+
+    def advance(self, batch_count: float) -> None:
+        """Move every schedule to `batch_count` and let flags of earlier steps take effect; call once per step.
+
+        Raises:
+            ValueError: `batch_count` is negative or not finite.
+        """
+        if not (math.isfinite(batch_count) and batch_count >= 0):
+            raise ValueError(f"Clock.advance: batch_count is {batch_count}, a finite number >= 0 is needed")
+        self.batch_count = float(batch_count)
+        self._apply_copied_flags()
+        for flags in self._flags_device.values():
+            self._copy = _start_copy(flags)
+
+    def chance(self, probability: float) -> bool:
+        """True with the given probability, drawn on the host."""
+        return self._host.random() < probability
+
+    def draw_seed(self) -> int:
+        """A fresh 63-bit seed, for kernels that can only draw from torch's default generator."""
+        return self._host.getrandbits(63)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The generator for tensors on `device`, made and seeded at first use."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def add_flag(self) -> int:
+        """Reserve a flag, initially True, and return its number. Called while a model is built."""
+        self._flags_host.append(True)
+        return len(self._flags_host) - 1
+
+    def flag(self, number: int) -> bool:
+        """The flag as known to the host."""
+        return self._flags_host[number]
+
+    def set_flag(self, number: int, value: Tensor) -> None:
+        """Store a boolean scalar tensor into a flag, on that tensor's device; the host sees it after two `advance` calls."""
+        device = value.device
+        flags = self._flags_device.get(device)
+        if flags is None or flags.numel() != len(self._flags_host):
+            flags = torch.tensor(self._flags_host, device=device)
+            self._flags_device = {device: flags}
+        flags[number].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue exactly; plain numbers, strings, lists and CPU tensors. Waits for the device."""
+        self._wait_for_copy()
+        return {
+            "batch_count": self.batch_count,
+            "seed": self._seed,
+            "host": _to_lists(self._host.getstate()),
+            "generators": {str(device): g.get_state() for device, g in self._generators.items()},
+            "flags_host": list(self._flags_host),
+            "flags_device": {str(device): flags.cpu() for device, flags in self._flags_device.items()},
+            "flags_copied": None if self._copy is None else self._copy[0].clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the state was saved by a model with another number of flags.
+        """
+        if len(state["flags_host"]) != len(self._flags_host):
+            raise ValueError(
+                f"Clock.load_state_dict: flags_host has {len(state['flags_host'])} entries, this model has {len(self._flags_host)}"
+            )
+        self.batch_count = state["batch_count"]
+        self._seed = state["seed"]
+        self._host.setstate(_to_tuples(state["host"]))
+        self._generators = {}
+        for name, generator_state in state["generators"].items():
+            self.generator(torch.device(name)).set_state(generator_state)
+        self._flags_host = list(state["flags_host"])
+        self._flags_device = {torch.device(name): flags.to(name) for name, flags in state["flags_device"].items()}
+        self._copy = None if state["flags_copied"] is None else (state["flags_copied"].clone(), None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
+        # torch.Generator and CUDA events cannot be copied, their state can: a copied model (an average, say) gets a clock of its own
+        copy = Clock()
+        memo[id(self)] = copy
+        copy._flags_host = list(self._flags_host)
+        copy.load_state_dict(self.state_dict())
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Clock.__init__(self)
+        self._flags_host = list(state["flags_host"])
+        self.load_state_dict(state)
+
+    def _wait_for_copy(self) -> None:
+        if self._copy is not None and self._copy[1] is not None:
+            self._copy[1].synchronize()
+
+    def _apply_copied_flags(self) -> None:
+        self._wait_for_copy()
+        if self._copy is not None:
+            self._flags_host = self._copy[0].tolist()
+            self._copy = None
+
+
+def _start_copy(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Copy device flags to the host; on CUDA without waiting, with the event that tells when the copy is complete."""
+    if not flags.is_cuda:
+        return flags.clone().cpu(), None
+    host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+    host.copy_(flags, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(flags.device))
+    return host, event
+
+
+def _to_lists(state: Any) -> Any:
+    return [_to_lists(item) for item in state] if isinstance(state, tuple) else state
+
+
+def _to_tuples(state: Any) -> Any:
+    return tuple(_to_tuples(item) for item in state) if isinstance(state, list) else state

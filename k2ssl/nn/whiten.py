@@ -1,0 +1,98 @@
+"""Whiten: pushes the covariance of activations towards a multiple of the identity; the forward pass is the identity.
+
+Source: arXiv 2310.11230, section 3.3 (whitener).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from k2ssl.nn.schedule import Clock, Schedule, constant
+
+_PROBABILITY_ABOVE = 0.25  # fraction of calls on which it acts while the last metric was above the limit
+_PROBABILITY_BELOW = 0.025
+_EPS = 1e-20
+
+
+class Whiten(nn.Module):
+    """Identity on x (..., C); where the whitening metric exceeds `limit`, backward adds the metric's gradient.
+
+    The added gradient has `grad_scale` times the norm of the incoming one. The metric is 1 for perfectly white data and C/groups for
+    rank one. It acts on a quarter of the training calls while the last metric seen was above the limit, else on one in forty; that
+    memory is a flag of the clock, computed on the device and used on the host without waiting (see `Clock`).
+
+    Args:
+        clock: source of the batch count, of randomness, and of the flag.
+        num_groups: groups of channels, each with a covariance of its own.
+        limit: number or schedule, the metric above which it acts; at least 1.
+        grad_scale: relative size of the added gradient.
+
+    Raises:
+        ValueError: a limit below 1 (the metric cannot go lower).
+    """
+
+    def __init__(self, clock: Clock, num_groups: int, limit: float | Schedule, grad_scale: float) -> None:
+        super().__init__()
+        self.clock = clock
+        self.num_groups = num_groups
+        self.limit = limit if isinstance(limit, Schedule) else constant(limit)
+        for _, value in self.limit.points:
+            if value < 1.0:
+                raise ValueError(f"Whiten: limit is {value}, allowed is >= 1 (1 is perfectly white)")
+        self.grad_scale = grad_scale
+        self.above_limit = clock.add_flag()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same tensor's values."""
+        if not (self.training and x.requires_grad):
+            return x
+        probability = _PROBABILITY_ABOVE if self.clock.flag(self.above_limit) else _PROBABILITY_BELOW
+        if not self.clock.chance(probability):
+            return x
+        return _Whiten.apply(x, self)
+
+
+def whitening_metric_and_gradient(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """mean(diag C^2) / mean(diag C)^2 of the centred covariance C per group, and its gradient with respect to x (..., channels).
+
+    Computed in float32 at least.
+    """
+    rows = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)  # (groups, frames, channels per group)
+    rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+    rows = rows - rows.mean(dim=1, keepdim=True)
+    covariance = rows.transpose(1, 2) @ rows
+    num_channels = x.shape[-1]
+    mean_diagonal = covariance.diagonal(dim1=1, dim2=2).sum() / num_channels
+    mean_square = covariance.square().sum() / num_channels
+    denominator = mean_diagonal.square() + _EPS
+    metric = mean_square / denominator
+
+    # d metric / dC = (2 C / denominator - 2 mean_square mean_diagonal I / denominator^2) / num_channels, and dC -> dx multiplies by 2 x
+    gradient = torch.baddbmm(rows, rows, covariance, beta=0.0) - rows * (metric * mean_diagonal)
+    gradient = gradient * (4.0 / (num_channels * denominator))
+    return metric, gradient.transpose(0, 1).reshape(x.shape)
+
+
+class _Whiten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Whiten) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        ctx.limit = module.limit(module.clock.batch_count)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        module: Whiten = ctx.module
+        with torch.autocast(x.device.type, enabled=False):
+            metric, penalty = whitening_metric_and_gradient(x, module.num_groups)
+            above = metric > ctx.limit
+            module.clock.set_flag(module.above_limit, above)
+            scale = module.grad_scale * grad.to(penalty.dtype).norm() / (penalty.norm() + _EPS)
+            return grad + (penalty * torch.where(above, scale, 0.0)).to(grad.dtype), None

@@ -1,0 +1,77 @@
+"""Swoosh against recorded values; the fused layer against plain autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from k2ssl.nn.activation import Swoosh, SwooshDropoutLinear, swoosh_l, swoosh_r
+from k2ssl.nn.schedule import Clock
+
+
+@pytest.mark.parametrize(("activation", "name"), [(swoosh_l, "swoosh_l"), (swoosh_r, "swoosh_r")])
+def test_values_and_derivatives_agree_with_the_recorded_truth(golden, agreement, activation: Swoosh, name: str) -> None:
+    recorded = golden("swoosh")
+    x = recorded["x"]
+    # float32 has 7 digits and the values reach 26: 1e-6 is asked for of |x| <= 10, beyond that of the value's size
+    near = x.abs() <= 10
+    agreement.absolute(f"{name}, float32, |x| <= 10", activation(x.float())[near], recorded[name][near], 1e-6)
+    torch.testing.assert_close(activation(x.float()).double(), recorded[name], atol=1e-6, rtol=1.2e-7)
+    agreement.absolute(f"{name} derivative, float32", activation.derivative(x.float()), recorded[f"{name}_deriv"], 1e-6)
+    torch.testing.assert_close(activation(x), recorded[name], atol=3e-9, rtol=0)  # upstream rounds the offset to 9 digits
+
+
+def _plain(layer: SwooshDropoutLinear, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    shift = {id(swoosh_l): 4.0, id(swoosh_r): 1.0}[id(layer.activation)]
+    offset = {id(swoosh_l): 0.035, id(swoosh_r): 0.313261687}[id(layer.activation)]
+    hidden = torch.logaddexp(x.new_zeros(()), x - shift) - 0.08 * x - offset
+    return F.linear(hidden if mask is None else hidden * mask, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("activation", [swoosh_l, swoosh_r])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_the_fused_layer_are_those_of_the_plain_formula(activation: Swoosh, dropout: float) -> None:
+    clock = Clock(1)
+    layer = SwooshDropoutLinear(5, 4, activation, clock, dropout=dropout).double()
+    x = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.weight, layer.bias)
+    grad = torch.randn(3, 6, 4, dtype=torch.float64)
+
+    clock.seed(8)
+    fused = torch.autograd.grad(layer(x), inputs, grad)
+    clock.seed(8)
+    mask = layer.dropout.mask(x)
+    assert (mask is None) == (dropout == 0.0)
+    plain = torch.autograd.grad(_plain(layer, x, mask), inputs, grad)
+    for one, two in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-10)
+
+
+def test_the_dropout_mask_is_shared_by_the_frames_of_an_utterance() -> None:
+    layer = SwooshDropoutLinear(64, 4, swoosh_l, Clock(), dropout=0.5)
+    mask = layer.dropout.mask(torch.zeros(7, 30, 64))
+    assert mask is not None and mask.shape == (7, 1, 64)
+    assert set(mask.unique().tolist()) == {0.0, 2.0}
+    assert layer.eval().dropout.mask(torch.zeros(7, 30, 64)) is None
+
+
+def test_only_the_input_is_kept_for_the_backward_pass() -> None:
+    layer = SwooshDropoutLinear(256, 8, swoosh_l, Clock())
+    kept: list[torch.Tensor] = []
+    x = torch.randn(2, 50, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert [t.data_ptr() for t in kept if t.numel() >= x.numel()] == [x.data_ptr()]
+
+
+def test_under_autocast_the_output_is_bfloat16_and_close_to_float32() -> None:
+    layer = SwooshDropoutLinear(32, 16, swoosh_r, Clock())
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.weight)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    grad = torch.autograd.grad(y.float().square().sum(), layer.weight)[0]
+    assert grad.dtype == torch.float32
+    torch.testing.assert_close(grad, expected, atol=0.05 * expected.abs().max().item(), rtol=0)
