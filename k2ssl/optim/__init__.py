@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules; imports nothing else of k2ssl."""

@@ -1,0 +1,200 @@
+"""From configuration to optimizer and schedule."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .scaled_adam import ScaledAdam
+from .schedules import Eden, Eden2, LearningRateSchedule, Polynomial, TriStage
+
+_ONLY_SCALED_ADAM = (
+    "clipping_scale",
+    "clipping_update_period",
+    "scalar_lr_scale",
+    "param_min_rms",
+    "param_max_rms",
+    "scalar_max",
+    "size_update_period",
+)
+_ONLY_ADAMW = ("weight_decay", "max_grad_norm")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Which optimizer, with what options.
+
+    Attributes:
+        name: "scaled_adam" or "adamw".
+        lr: base learning rate; ScaledAdam's is relative to each tensor's size.
+        betas, eps: decay of the two moments; added to the root of the second.
+        lr_scales: prefix of parameter names (a module, such as "encoder.layers.0", or one parameter) -> factor on its rate. Factors
+            of nested prefixes multiply. Each resulting rate is a group of its own, and ScaledAdam clips each group on its own.
+        clipping_scale: ScaledAdam clips gradients at this many times the running median norm; 0 never clips.
+        clipping_update_period, scalar_lr_scale, param_min_rms, param_max_rms, scalar_max, size_update_period: see `ScaledAdam`.
+        weight_decay: AdamW's, for parameters with more than one axis; biases, norms' weights and scalars do not decay.
+        max_grad_norm: AdamW's gradients are scaled down to this norm over all parameters; 0 never clips.
+
+    Raises:
+        ValueError: a value out of range, or an option that only the other optimizer has.
+    """
+
+    name: Literal["scaled_adam", "adamw"] = "scaled_adam"
+    lr: float = 0.045
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    clipping_scale: float = 2.0
+    clipping_update_period: int = 100
+    scalar_lr_scale: float = 0.1
+    param_min_rms: float = 1e-5
+    param_max_rms: float = 3.0
+    scalar_max: float = 10.0
+    size_update_period: int = 4
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("scaled_adam", "adamw"):
+            raise ValueError(f"optim: name is {self.name!r}, one of 'scaled_adam', 'adamw' is needed")
+        foreign = _ONLY_ADAMW if self.name == "scaled_adam" else _ONLY_SCALED_ADAM
+        for option in fields(self):
+            if option.name in foreign and getattr(self, option.name) != option.default:
+                raise ValueError(f"optim: {option.name} is {getattr(self, option.name)}, but {self.name!r} has no such option")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"optim: lr is {self.lr}, a finite number > 0 is needed")
+        for name in ("clipping_scale", "weight_decay", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"optim: {name} is {getattr(self, name)}, a finite number >= 0 is needed")
+        for prefix, scale in self.lr_scales.items():
+            if not (math.isfinite(scale) and scale > 0):
+                raise ValueError(f"optim: lr_scales[{prefix!r}] is {scale}, a finite number > 0 is needed")
+        _make_optimizer(self, [{"params": [("probe", torch.zeros(1))]}])  # the optimizers know what they accept
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Which learning-rate schedule, with what options; fields that the schedule does not have are not looked at.
+
+    Attributes:
+        name: "eden", "eden2", "tri_stage" or "polynomial".
+        lr_batches, lr_epochs: Eden's and Eden2's scales, in batches and epochs.
+        warmup_batches: length of the warm-up, in batches (tri_stage: unless `max_batches` is given).
+        warmup_start: factor on the rate at batch 0 (eden, eden2).
+        max_batches: length of training, in batches (polynomial; tri_stage: shared out by `phase_ratio`, or 0 to state lengths).
+        phase_ratio: shares of warm-up, hold and decay (tri_stage).
+        hold_batches, decay_batches: lengths of those stages where `max_batches` is 0 (tri_stage).
+        init_scale, final_scale: factors on the rate at batch 0 and at the end (tri_stage).
+        power, end_scale: exponent of the decay and factor on the rate at its end (polynomial).
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    name: Literal["eden", "eden2", "tri_stage", "polynomial"] = "eden"
+    lr_batches: float = 7500.0
+    lr_epochs: float = 10.5
+    warmup_batches: float = 500.0
+    warmup_start: float = 0.5
+    max_batches: float = 0.0
+    phase_ratio: tuple[float, float, float] = (0.1, 0.4, 0.5)
+    hold_batches: float = 0.0
+    decay_batches: float = 0.0
+    init_scale: float = 0.01
+    final_scale: float = 0.01
+    power: float = 1.0
+    end_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ("eden", "eden2", "tri_stage", "polynomial"):
+            raise ValueError(f"schedule: name is {self.name!r}, one of 'eden', 'eden2', 'tri_stage', 'polynomial' is needed")
+        build_schedule(self, torch.optim.SGD([torch.zeros(1)], lr=1.0))  # the schedules know what they accept
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """The optimizer over the parameters of `model` that require gradients, in groups of equal rate (and weight decay).
+
+    Parameters are listed by name, so that the state of either optimizer does not depend on the order in which modules were made.
+
+    Raises:
+        ValueError: a prefix in `lr_scales` that begins no parameter's name, or a model without trainable parameters.
+    """
+    scales = _scale_by_name(config.lr_scales, model)
+    members: dict[tuple[float, bool], list[tuple[str, Tensor]]] = {}
+    for name, param in sorted(model.named_parameters()):
+        if param.requires_grad:
+            decays = config.name == "adamw" and param.dim() > 1
+            members.setdefault((scales[name], decays), []).append((name, param))
+    if not members:
+        raise ValueError("build_optimizer: model has no parameter that requires a gradient")
+    groups: list[dict[str, Any]] = []
+    for (scale, decays), named in sorted(members.items(), key=lambda item: item[0]):
+        group: dict[str, Any] = {"params": named, "lr": config.lr * scale}
+        if config.name == "adamw":
+            group["weight_decay"] = config.weight_decay if decays else 0.0
+        groups.append(group)
+    return _make_optimizer(config, groups)
+
+
+def build_schedule(config: ScheduleConfig, optimizer: Optimizer) -> LearningRateSchedule:
+    """The schedule that `config` names, at batch 0.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    if config.name == "eden":
+        return Eden(optimizer, config.lr_batches, config.lr_epochs, config.warmup_batches, config.warmup_start)
+    if config.name == "eden2":
+        return Eden2(optimizer, config.lr_batches, config.warmup_batches, config.warmup_start)
+    if config.name == "polynomial":
+        return Polynomial(optimizer, config.warmup_batches, config.max_batches, config.power, config.end_scale)
+    if config.max_batches != 0:
+        return TriStage.from_ratios(optimizer, config.max_batches, config.phase_ratio, config.init_scale, config.final_scale)
+    return TriStage(optimizer, config.warmup_batches, config.hold_batches, config.decay_batches, config.init_scale, config.final_scale)
+
+
+def _scale_by_name(lr_scales: Mapping[str, float], model: nn.Module) -> dict[str, float]:
+    """Every parameter's product of the factors whose prefix its name has, in whole components."""
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    for prefix, scale in sorted(lr_scales.items()):
+        matched = [name for name in scales if name == prefix or name.startswith(prefix + ".")]
+        if not matched:
+            known = sorted({name.split(".")[0] for name in scales})
+            raise ValueError(f"build_optimizer: lr_scales prefix {prefix!r} begins no parameter's name; names begin with {known}")
+        for name in matched:
+            scales[name] *= scale
+    return scales
+
+
+def _make_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    if config.name == "scaled_adam":
+        options = {name: getattr(config, name) for name in ("lr", "betas", "eps", *_ONLY_SCALED_ADAM)}
+        return ScaledAdam(groups, **{**options, "clipping_scale": config.clipping_scale or None})
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    adamw.register_load_state_dict_pre_hook(_refuse_other_names)
+    if config.max_grad_norm > 0:
+        adamw.register_step_pre_hook(functools.partial(_clip_before_step, config.max_grad_norm))
+    return adamw
+
+
+def _clip_before_step(max_norm: float, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    nn.utils.clip_grad_norm_([param for group in optimizer.param_groups for param in group["params"]], max_norm)
+
+
+def _refuse_other_names(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """torch matches parameters by position; that is only right where the names agree."""
+    here = [group["param_names"] for group in optimizer.param_groups]
+    there = [group.get("param_names") for group in state_dict["param_groups"]]
+    if here != there:
+        names, saved = ({name for group in groups for name in group or ()} for groups in (here, there))
+        raise ValueError(
+            f"AdamW.load_state_dict: parameters or their groups differ; missing from the saved state: {sorted(names - saved)},"
+            f" unknown ones in it: {sorted(saved - names)}"
+        )

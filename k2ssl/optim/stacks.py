@@ -1,0 +1,218 @@
+"""ScaledAdam's state, a few tensors per parameter shape, and the arithmetic that runs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+# Temporary memory is a few times the largest stack. A CPU also wants it to stay in its caches; a GPU wants few kernels.
+_MAX_ELEMENTS_CPU = 2**18
+_MAX_ELEMENTS = 2**24
+
+
+class _Stack:
+    """Parameters of one shape, with their two moments stacked along a leading axis (B, *shape)."""
+
+    def __init__(self, start: int, params: list[Tensor]) -> None:
+        self.start, self.params = start, params
+        self.exp_avg_sq = torch.zeros((len(params), *params[0].shape), dtype=params[0].dtype, device=params[0].device)
+        self.delta = torch.zeros_like(self.exp_avg_sq)
+        self.delta_rows = list(self.delta.unbind())
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.params[0].numel() == 1
+
+    def positions(self) -> range:
+        """Where these parameters are among all names."""
+        return range(self.start, self.start + len(self.params))
+
+    def per_row(self, vector: Tensor, rows: list[int]) -> Tensor:
+        """(P,) vector -> its entries for `rows`, shaped to broadcast over (B, *shape)."""
+        if len(rows) == len(self.params):
+            part = vector[self.start : self.start + len(rows)]
+        else:  # a list as an index would have to be copied to the device first
+            part = torch.stack([vector[self.start + row] for row in rows])
+        return part.view(-1, *[1] * self.params[0].dim())
+
+
+class ParameterStacks:
+    """The parameters of one group in canonical order (by shape, then name), so that listing them otherwise changes nothing.
+
+    All of it runs under `torch.no_grad`, which is the caller's to set.
+
+    P is the number of parameters; vectors below are (P,) on the parameters' device.
+
+    Attributes:
+        names: in canonical order.
+        is_scalar: whether the parameter has one element.
+        rms: root mean square at the last refresh (1 for one-element tensors).
+        steps: how many steps the parameter took.
+        size_second_moment: second moment of the gradient with respect to the logarithm of the tensor's size.
+        size_grads: (period, P) that gradient, sum(p * g), in each step of the current period.
+
+    Raises:
+        ValueError: the parameters differ in dtype or device.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]], period: int) -> None:
+        ordered = sorted(named, key=lambda pair: (pair[1].numel(), tuple(pair[1].shape), pair[0]))
+        self.names = [name for name, _ in ordered]
+        self._params = [param for _, param in ordered]  # not detached: their data may be exchanged, as averaging does
+        first = self._params[0]
+        for name, param in zip(self.names, self._params, strict=True):
+            if (param.dtype, param.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"ScaledAdam: {name!r} is {param.dtype} on {param.device}, {self.names[0]!r} of the same group is {first.dtype} on"
+                    f" {first.device}; make one group per dtype and device"
+                )
+        self._stacks = _stack_equal_shapes(self._params)
+        self.is_scalar = torch.tensor([param.numel() == 1 for param in self._params], device=first.device)
+        self.rms = self._measured_rms()
+        self.steps = torch.zeros_like(self.rms)
+        self.size_second_moment = torch.zeros_like(self.rms)
+        self.size_grads = self.rms.new_zeros(period, len(self.names))
+        self._grads: list[Tensor | None] = []
+        self._present: tuple[bool, ...] = (True,) * len(self.names)
+        self._mask: Tensor | None = None  # of the parameters that have gradients, None when all have
+
+    def select(self, grads: Mapping[str, Tensor]) -> None:
+        """Choose what the following calls act on: the parameters named in `grads`."""
+        self._grads = [grads.get(name) for name in self.names]
+        present = tuple(grad is not None for grad in self._grads)
+        if present != self._present:
+            self._present = present
+            self._mask = None if all(present) else torch.tensor(present, device=self.rms.device)
+
+    def gradient_norms(self, scalar_weight: float) -> Tensor:
+        """(P,) norms of the gradients times the parameters' rms (or `scalar_weight`); 0 without a gradient."""
+        norms = iter(torch._foreach_norm([grad for grad in self._grads if grad is not None]))
+        zero = self.rms.new_zeros(())
+        vector = torch.stack([zero if grad is None else next(norms) for grad in self._grads])
+        return vector * torch.where(self.is_scalar, scalar_weight, self.rms)
+
+    def refresh_rms(self) -> None:
+        """Measure the parameters again."""
+        self.rms = self._kept(self._measured_rms(), self.rms)
+
+    def count_step(self) -> None:
+        """Count a step."""
+        self.steps += 1 if self._mask is None else self._mask
+
+    def update_size_moment(self, beta2: float) -> Tensor:
+        """Let the second moment of the size gradients follow those of this period; returns it."""
+        updated = torch.lerp(self.size_grads.square().mean(dim=0), self.size_second_moment, beta2)
+        self.size_second_moment = self._kept(updated, self.size_second_moment)
+        return self.size_second_moment
+
+    def accumulate(
+        self, phase: int, factor: Tensor, finite: Tensor, slope: Tensor, offset: Tensor, betas: tuple[float, float], lr: float
+    ) -> None:
+        """Take the gradients into the moments and into row `phase` of `size_grads`.
+
+        With g = factor * gradient (zero unless `finite`): v <- beta2 v + (1 - beta2) g^2 and
+        delta <- beta1 delta - (1 - beta1) lr g / (slope * sqrt(v) + offset).
+        """
+        beta1, beta2 = betas
+        size_grads = []
+        for stack in self._stacks:
+            grads = [self._grads[position] for position in stack.positions()]
+            rows = [row for row, grad in enumerate(grads) if grad is not None]
+            size_grad = self.rms.new_zeros(len(grads))
+            size_grads.append(size_grad)
+            if not rows:
+                continue
+            g = _stacked([grad for grad in grads if grad is not None], factor).masked_fill_(~finite, 0.0)
+            whole = len(rows) == len(grads)
+            v = stack.exp_avg_sq if whole else torch.stack([stack.exp_avg_sq[row] for row in rows])
+            delta = stack.delta if whole else torch.stack([stack.delta[row] for row in rows])
+            v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+            denominator = v.sqrt()
+            torch.addcmul(stack.per_row(offset, rows), denominator, stack.per_row(slope, rows), out=denominator)
+            delta.mul_(beta1).addcdiv_(g, denominator, value=-(1.0 - beta1) * lr)
+            if not whole:
+                torch._foreach_copy_([stack.exp_avg_sq[row] for row in rows], list(v.unbind()))
+                torch._foreach_copy_([stack.delta_rows[row] for row in rows], list(delta.unbind()))
+            if not stack.is_scalar:  # g is not needed any more and becomes p * g
+                torch._foreach_mul_(list(g.unbind()), [stack.params[row] for row in rows])
+                sums = g.flatten(1).sum(dim=1)
+                if whole:
+                    size_grad.copy_(sums)
+                else:
+                    torch._foreach_copy_([size_grad[row] for row in rows], list(sums.unbind()))
+        self.size_grads[phase] = torch.cat(size_grads)
+
+    def add_scaled_parameters(self, scales: Tensor) -> None:
+        """delta <- delta + scales * p, for (P,) `scales`."""
+        scales = scales if self._mask is None else torch.where(self._mask, scales, 0.0)
+        for stack in self._stacks:
+            if not stack.is_scalar:
+                stack.delta.addcmul_(torch.stack(stack.params), stack.per_row(scales, list(range(len(stack.params)))))
+
+    def apply(self, scalar_max: float) -> None:
+        """p <- p + delta; one-element tensors stay within +-scalar_max."""
+        updated, deltas, scalars = [], [], []
+        for stack in self._stacks:
+            for position, param, delta in zip(stack.positions(), stack.params, stack.delta_rows, strict=True):
+                if self._grads[position] is not None:
+                    updated.append(param)
+                    deltas.append(delta)
+                    scalars += [param] if stack.is_scalar else []
+        torch._foreach_add_(updated, deltas)
+        if scalars:
+            torch._foreach_clamp_min_(scalars, -scalar_max)
+            torch._foreach_clamp_max_(scalars, scalar_max)
+        self._grads = []  # gradients must be free to go
+
+    def state_by_name(self) -> dict[str, dict[str, Tensor]]:
+        """State of every parameter: views of the stacks and vectors."""
+        state = {}
+        for stack in self._stacks:
+            for row, position in enumerate(stack.positions()):
+                entry = {"step": self.steps[position], "exp_avg_sq": stack.exp_avg_sq[row], "delta": stack.delta[row]}
+                if not stack.is_scalar:
+                    entry["param_rms"] = self.rms[position]
+                    entry["scale_exp_avg_sq"] = self.size_second_moment[position]
+                    entry["scale_grads"] = self.size_grads[:, position]
+                state[self.names[position]] = entry
+        return state
+
+    def load_state_by_name(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy what `state_by_name` returned; parameters that are not in it keep what they have."""
+        own = self.state_by_name()
+        for name, entry in state.items():
+            for key, value in own[name].items():
+                if value.shape == entry[key].shape:  # gradients collected for a size update of another period are of no use
+                    value.copy_(entry[key])
+
+    def _measured_rms(self) -> Tensor:
+        ones = self._params[0].new_ones
+        return torch.cat(
+            [
+                ones(len(stack.params)) if stack.is_scalar else torch.stack(stack.params).square_().flatten(1).mean(dim=1).sqrt_()
+                for stack in self._stacks
+            ]
+        )
+
+    def _kept(self, updated: Tensor, previous: Tensor) -> Tensor:
+        """`updated` where there is a gradient, `previous` elsewhere."""
+        return updated if self._mask is None else torch.where(self._mask, updated, previous)
+
+
+def _stacked(grads: list[Tensor], factor: Tensor) -> Tensor:
+    """(B, *shape) gradients times `factor`, in fresh memory."""
+    return torch.stack(grads).mul_(factor) if len(grads) > 1 else grads[0].unsqueeze(0) * factor
+
+
+def _stack_equal_shapes(params: list[Tensor]) -> list[_Stack]:
+    """Stacks of neighbours of equal shape, of bounded size unless a single parameter is larger."""
+    limit = _MAX_ELEMENTS_CPU if params[0].device.type == "cpu" else _MAX_ELEMENTS
+    stacks, start = [], 0
+    for end in range(1, len(params) + 1):
+        full = (end - start) * params[start].numel() >= limit
+        if end == len(params) or full or params[end].shape != params[start].shape:
+            stacks.append(_Stack(start, params[start:end]))
+            start = end
+    return stacks
