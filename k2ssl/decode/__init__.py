@@ -1,0 +1,1 @@
+"""Searches over model outputs; imports torch and `k2ssl.batch` only."""

@@ -1,0 +1,1 @@
+"""Training losses: tensors in, sums and counts out."""

@@ -1,0 +1,1 @@
+"""Networks: frontends, encoders, and the models trained with them."""
