@@ -1,0 +1,314 @@
+"""HuBERT: predict the codes of hidden frames, with any of our frontends and encoders.
+
+Source: arXiv 2106.07447 (HuBERT), arXiv 2411.17100 (k2SSL: Zipformer encoder, linear head).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from k2ssl.batch import LossOutput, PretrainBatch, padding_mask_from_lens
+from k2ssl.losses.masked_prediction import FrameSums, prediction_sums
+from k2ssl.models.encoder_output import EncoderOutput
+from k2ssl.models.frontend import FrontendConfig, WaveformConfig, build_frontend
+from k2ssl.models.masking import MaskingConfig, draw_span_mask, most_hidden, select_true
+from k2ssl.models.prediction_head import HeadConfig, build_head
+from k2ssl.models.transformer import TransformerConfig, TransformerEncoder
+from k2ssl.models.zipformer import Zipformer, ZipformerConfig
+from k2ssl.nn.dropout import Dropout
+from k2ssl.nn.schedule import Clock
+
+EncoderConfig = ZipformerConfig | TransformerConfig
+
+
+@dataclass(frozen=True)
+class HubertConfig:
+    """Everything about the model; travels in its checkpoints. The defaults are the published Zipformer Base.
+
+    Attributes:
+        frontend: waveform or log-mel.
+        encoder: Zipformer or HuBERT's Transformer.
+        masking, head: see there.
+        label_rate: labels per second of each label set, Hz; empty: all at the frontend's frame rate.
+        input_dropout: rate on the projected frames.
+        masked_weight, unmasked_weight: weights of the loss over hidden and over visible frames.
+        feature_penalty: weight of the mean square of the frontend's output.
+    """
+
+    frontend: FrontendConfig = field(default_factory=lambda: WaveformConfig(gradient_scale=0.1))
+    encoder: EncoderConfig = field(default_factory=ZipformerConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    label_rate: tuple[float, ...] = ()
+    input_dropout: float = 0.1
+    masked_weight: float = 1.0
+    unmasked_weight: float = 0.0
+    feature_penalty: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("masked_weight", "unmasked_weight", "feature_penalty"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"HubertConfig: {name} is {getattr(self, name)}, allowed is a finite number >= 0")
+        if not 0.0 <= self.input_dropout < 1.0:
+            raise ValueError(f"HubertConfig: input_dropout is {self.input_dropout}, allowed is 0 <= input_dropout < 1")
+        if self.masked_weight == self.unmasked_weight == 0:
+            raise ValueError("HubertConfig: masked_weight and unmasked_weight are both 0, at least one must be > 0")
+        if self.label_rate and len(self.label_rate) != len(self.head.num_classes):
+            raise ValueError(
+                f"HubertConfig: label_rate has {len(self.label_rate)} entries, head.num_classes has {len(self.head.num_classes)}; "
+                "one rate per label set is needed, or none at all"
+            )
+        if any(not (math.isfinite(rate) and rate > 0) for rate in self.label_rate):
+            raise ValueError(f"HubertConfig: label_rate is {self.label_rate}, allowed are rates > 0 Hz")
+
+    @classmethod
+    def zipformer_base(cls) -> HubertConfig:
+        """94.56 M parameters."""
+        return cls()
+
+    @classmethod
+    def zipformer_large(cls) -> HubertConfig:
+        """305.9 M parameters."""
+        return cls(frontend=WaveformConfig(norm="layer"), encoder=ZipformerConfig.large(), input_dropout=0.0)
+
+    @classmethod
+    def hubert_base(cls) -> HubertConfig:
+        """94.7 M parameters; the second iteration of arXiv 2106.07447."""
+        return cls(encoder=TransformerConfig.base(), head=HeadConfig(similarity="cosine", code_dim=256))
+
+    @classmethod
+    def hubert_large(cls) -> HubertConfig:
+        """316.6 M parameters."""
+        return cls(
+            frontend=WaveformConfig(norm="layer"),
+            encoder=TransformerConfig.large(),
+            head=HeadConfig(similarity="cosine", code_dim=768),
+            input_dropout=0.0,
+        )
+
+    @classmethod
+    def tiny(cls) -> HubertConfig:
+        """Under a million parameters, for tests and for a laptop core."""
+        return cls(
+            frontend=WaveformConfig(channels=32), encoder=ZipformerConfig.tiny(), head=HeadConfig(num_classes=(16,)), input_dropout=0.0
+        )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded audio.
+
+    Attributes:
+        output: what the encoder returned.
+        padding_mask: (N, T) bool, True at padding; None when nothing is padded.
+        features: (N, T, C) of the frontend, before normalisation.
+    """
+
+    output: EncoderOutput
+    padding_mask: Tensor | None
+    features: Tensor
+
+
+class HubertModel(nn.Module):
+    """Frontend, mask, encoder, heads.
+
+    `clock` is the one handle for training: `clock.seed(seed, rank, epoch, step)` and `clock.advance(adjusted batch count)` before a
+    step make that step repeatable.
+    """
+
+    def __init__(self, config: HubertConfig, clock: Clock | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.clock = Clock() if clock is None else clock
+        self.frontend = build_frontend(config.frontend)
+        self.encoder = build_encoder(config.encoder, self.clock)
+        self.feature_norm = nn.LayerNorm(self.frontend.output_dim)
+        same_width = self.frontend.output_dim == self.encoder.input_dim
+        self.projection = nn.Identity() if same_width else nn.Linear(self.frontend.output_dim, self.encoder.input_dim)
+        self.input_dropout = Dropout(config.input_dropout, self.clock)
+        self.mask_embedding = nn.Parameter(torch.rand(self.encoder.input_dim))
+        self.heads = nn.ModuleList(build_head(config.head, self.encoder.output_dim, k) for k in config.head.num_classes)
+        self.label_rate = config.label_rate or (self.frontend.frame_rate,) * len(self.heads)
+
+    def forward(self, batch: PretrainBatch, mask: Tensor | None = None) -> LossOutput:
+        """Loss of predicting the codes of `batch`.
+
+        Args:
+            batch: audio and labels.
+            mask: (N, T) bool, True where frames are hidden; drawn from the clock's generator when None.
+
+        Returns:
+            The sum of cross-entropies over weighted frames and label sets, plus the feature penalty times the number of targets.
+            Metrics, all sums: `num_masked`, `loss_masked`, `correct_masked`, and the histogram `predicted` (K,) of predicted codes of
+            hidden frames; with an unmasked weight also `num_unmasked`, `loss_unmasked`, `correct_unmasked`; for label sets after the
+            first the same names ending in `_1`, `_2`, ...; and `feature_penalty` times the number of targets.
+
+        Raises:
+            ValueError: see `check_batch`; or a `mask` of another shape or type.
+        """
+        self.check_batch(batch)
+        num_frames = self.frontend.num_frames(batch.audio.shape[1])
+        most_masked = num_frames
+        if mask is None:
+            mask = self.draw_mask(batch.audio, batch.audio_lens)
+            masking = self.config.masking
+            most_masked = most_hidden(num_frames, masking.probability, masking.length, masking.min_spans)
+        elif mask.shape != (batch.audio.shape[0], num_frames) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"HubertModel: mask has shape {tuple(mask.shape)} and type {mask.dtype}, "
+                f"allowed is {(batch.audio.shape[0], num_frames)} and torch.bool"
+            )
+        encoded = self.encode(batch.audio, batch.audio_lens, mask)
+        return self._loss(encoded, batch.labels, mask, most_masked)
+
+    def encode(self, audio: Tensor, audio_lens: Tensor | None = None, mask: Tensor | None = None, return_hidden: bool = False) -> Encoded:
+        """Audio (N, S) to encoder frames; `mask` (N, T) True where frames are hidden, None hides nothing.
+
+        Raises:
+            ValueError: see `Frontend.check_lens`.
+        """
+        features = self.frontend(audio, audio_lens)
+        padding_mask = None
+        if audio_lens is not None:
+            padding_mask = padding_mask_from_lens(self.frontend.num_frames(audio_lens), features.shape[1], features.device)
+        x = self.input_dropout(self.projection(self.feature_norm(features)))
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), self.mask_embedding.to(x.dtype), x)
+            x = self._mask_channels(x)
+        return Encoded(self.encoder(x, padding_mask, return_hidden), padding_mask, features)
+
+    def draw_mask(self, audio: Tensor, audio_lens: Tensor | None = None) -> Tensor:
+        """(N, T) bool, True where frames are to be hidden, drawn on the audio's device from the clock's generator."""
+        lens = torch.full((audio.shape[0],), audio.shape[1]) if audio_lens is None else audio_lens
+        frame_lens = self.frontend.num_frames(lens).to(audio.device, non_blocking=True)
+        masking = self.config.masking
+        return draw_span_mask(
+            frame_lens,
+            self.frontend.num_frames(audio.shape[1]),
+            masking.probability,
+            masking.length,
+            masking.min_spans,
+            self.clock.generator(audio.device),
+        )
+
+    def check_batch(self, batch: PretrainBatch) -> None:
+        """Refuse a batch that does not fit the model.
+
+        Label *values* are looked at only when the labels lie on the CPU, since reading them elsewhere would wait for the device;
+        a training loop calls this before it moves a batch. A label of -1 stands for padding, beyond an utterance's own labels.
+
+        Raises:
+            ValueError: wrong shapes or types; utterances too short for a frame; a number of label sets other than the number of heads;
+                an utterance whose number of labels differs from its number of frames by more than one; a label outside the classes.
+        """
+        self.frontend.check_lens(batch.audio, batch.audio_lens)
+        if len(batch.labels) != len(self.heads):
+            raise ValueError(f"PretrainBatch: labels holds {len(batch.labels)} label sets, the model has {len(self.heads)} heads")
+        n, samples = batch.audio.shape
+        lens = [samples] * n if batch.audio_lens is None else batch.audio_lens.tolist()
+        frame_lens = [self.frontend.num_frames(length) for length in lens]
+        for i, labels in enumerate(batch.labels):
+            check_labels(f"PretrainBatch: labels[{i}]", labels, frame_lens, self._ratio(i), self.config.head.num_classes[i])
+
+    def _ratio(self, label_set: int) -> float:
+        """Labels per frame."""
+        return self.label_rate[label_set] / self.frontend.frame_rate
+
+    def _mask_channels(self, x: Tensor) -> Tensor:
+        masking = self.config.masking
+        if masking.channel_probability == 0.0:
+            return x
+        n, _, channels = x.shape
+        lens = torch.full((n,), channels, device=x.device)
+        generator = self.clock.generator(x.device)
+        hidden = draw_span_mask(lens, channels, masking.channel_probability, masking.channel_length, 0, generator)
+        return x.masked_fill(hidden.unsqueeze(1), 0.0)
+
+    def _loss(self, encoded: Encoded, labels: tuple[Tensor, ...], mask: Tensor, most_masked: int) -> LossOutput:
+        weights = torch.where(mask, self.config.masked_weight, self.config.unmasked_weight)
+        if encoded.padding_mask is not None:
+            weights = weights.masked_fill(encoded.padding_mask, 0.0)
+        targets = [labels_of_frames(labels[i], mask.shape[1], self._ratio(i)) for i in range(len(self.heads))]
+        weights = weights.masked_fill(torch.stack(targets).amin(dim=0) < 0, 0.0)  # frames beyond the last label
+
+        positions, valid = select_true(weights != 0, self._num_selected(weights, most_masked))
+        x = encoded.output.frames.flatten(0, 1).index_select(0, positions)
+        masked = mask.flatten().index_select(0, positions)
+        weights = torch.where(valid, weights.flatten().index_select(0, positions), 0.0)
+        num_targets = (weights != 0).sum()
+        penalty = mean_square(encoded.features, encoded.padding_mask) * num_targets
+        loss = self.config.feature_penalty * penalty
+        metrics = {"feature_penalty": penalty.detach()}
+        for i, head in enumerate(self.heads):
+            sums = prediction_sums(head(x), targets[i].flatten().index_select(0, positions).clamp(min=0), weights, masked)
+            suffix = f"_{i}" if i else ""
+            loss = loss + sums.loss
+            metrics |= {f"predicted{suffix}": sums.predicted, **_frame_metrics(f"masked{suffix}", sums.masked)}
+            if self.config.unmasked_weight > 0:
+                metrics |= _frame_metrics(f"unmasked{suffix}", sums.unmasked)
+        return LossOutput(loss, num_targets, metrics)
+
+    def _num_selected(self, weights: Tensor, most_masked: int) -> int:
+        """How many frames logits are computed for: exactly those of non-zero weight on the CPU; elsewhere, where counting would wait
+        for the device, a bound known on the host (80 % of the frames for the published mask, of which 57 % have weight)."""
+        if weights.device.type == "cpu":
+            return int((weights != 0).sum())
+        return weights.numel() if self.config.unmasked_weight > 0 else weights.shape[0] * most_masked
+
+
+def build_encoder(config: EncoderConfig, clock: Clock) -> Zipformer | TransformerEncoder:
+    """The encoder that `config` describes."""
+    return Zipformer(config, clock) if isinstance(config, ZipformerConfig) else TransformerEncoder(config, clock)
+
+
+def mean_square(features: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Mean of the squares of (N, T, C) over valid frames, in float32 at least."""
+    square = features.to(torch.promote_types(features.dtype, torch.float32)).square()
+    if padding_mask is None:
+        return square.mean()
+    return square.masked_fill(padding_mask.unsqueeze(-1), 0.0).sum() / ((~padding_mask).sum() * features.shape[-1])
+
+
+def labels_of_frames(labels: Tensor, num_frames: int, ratio: float) -> Tensor:
+    """(N, L) labels at `ratio` labels per frame -> (N, num_frames) int64: frame t has label floor(t * ratio), or -1 beyond the last."""
+    index = (torch.arange(num_frames, device=labels.device) * ratio).long()
+    of_frames = labels.index_select(1, index.clamp(max=labels.shape[1] - 1)).long()
+    return of_frames.masked_fill(index >= labels.shape[1], -1)
+
+
+def check_labels(name: str, labels: Tensor, frame_lens: list[int], ratio: float, num_classes: int) -> None:
+    """ValueError unless `labels` (N, L) fit utterances of `frame_lens` frames at `ratio` labels per frame; see `check_batch`."""
+    n = len(frame_lens)
+    if labels.ndim != 2 or labels.shape[0] != n or labels.shape[1] == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} has shape {tuple(labels.shape)} and type {labels.dtype}, allowed are integers ({n}, L >= 1)")
+    tolerance = max(ratio, 1.0)
+    if labels.device.type != "cpu":
+        _check_label_count(f"{name}, longest utterance", labels.shape[1], max(frame_lens), ratio, tolerance)
+        return
+    low, high = labels.amin(dim=1).tolist(), labels.amax(dim=1).tolist()
+    is_label = labels >= 0
+    counts = is_label.sum(dim=1).tolist()
+    lasts = (is_label * torch.arange(1, labels.shape[1] + 1)).amax(dim=1).tolist()
+    for i in range(n):
+        if high[i] >= num_classes or low[i] < -1:
+            found = high[i] if high[i] >= num_classes else low[i]
+            raise ValueError(f"{name}, utterance {i}: label {found} is outside the classes, allowed are 0 to {num_classes - 1} (-1 pads)")
+        if lasts[i] != counts[i]:
+            raise ValueError(f"{name}, utterance {i}: -1 stands before the last label, allowed is padding at the end only")
+        _check_label_count(f"{name}, utterance {i}", counts[i], frame_lens[i], ratio, tolerance)
+
+
+def _check_label_count(name: str, count: int, num_frames: int, ratio: float, tolerance: float) -> None:
+    if abs(count - num_frames * ratio) > tolerance:
+        raise ValueError(
+            f"{name}: {count} labels for {num_frames} frames at {ratio:g} labels per frame, "
+            f"allowed are {num_frames * ratio:g} +- {tolerance:g}"
+        )
+
+
+def _frame_metrics(group: str, sums: FrameSums) -> dict[str, Tensor]:
+    return {f"num_{group}": sums.count, f"loss_{group}": sums.loss, f"correct_{group}": sums.correct}

@@ -1,0 +1,94 @@
+"""A trained model in one file: what to build, and its weights. Whoever reads it needs no architecture flag.
+
+The file is a `torch.save` of plain values and tensors: {"format": "k2ssl-model", "version": 1, "config": ..., "model": ...}. A training
+checkpoint holds the same "config" and "model" among its other keys, so it can be read as a model too.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2ssl.models.hubert import HubertConfig, HubertModel
+from k2ssl.structure import from_dict, to_dict
+
+FORMAT = "k2ssl-model"
+VERSION = 1
+
+
+def save_model(path: str | Path, model: HubertModel) -> None:
+    """Write configuration and weights; the file appears under its name only when it is whole, and replaces an older one then.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    content = {"format": FORMAT, "version": VERSION, "config": to_dict(model.config), "model": model.state_dict()}
+    number, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(number, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets nobody else read it
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_model(path: str | Path, map_location: torch.device | str = "cpu") -> HubertModel:
+    """Build the model that `save_model` or a training checkpoint describes, with its weights, in training mode as every new module.
+
+    Draws nothing from the global random state.
+
+    Raises:
+        ValueError: the file cannot be read, is not one of ours, was written by a later version, or its parts contradict each other.
+    """
+    content = _read(path)
+    with torch.random.fork_rng(devices=[]):  # the values drawn at construction are overwritten
+        try:
+            model = HubertModel(from_dict(HubertConfig, content["config"], "config"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    try:
+        model.load_state_dict(content["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: the weights under 'model' do not fit the model under 'config': {error}") from error
+    return model.to(map_location)
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch.load raises for a file that is no checkpoint depends on the file's first bytes
+        raise ValueError(f"{path}: cannot be read as a checkpoint: {load_failure(error)}") from error
+    if not isinstance(content, Mapping) or not {"config", "model"} <= set(content):
+        found = ", ".join(map(str, list(content)[:6])) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{path}: not a model of ours, which has the keys 'config' and 'model'; it holds {found or 'nothing'}. "
+            "Checkpoints of other projects: scripts/import_checkpoint.py"
+        )
+    if content.get("format") == FORMAT and content.get("version") != VERSION:
+        raise ValueError(f"{path}: version is {content.get('version')!r}, this release reads version {VERSION}")
+    return content
+
+
+def load_failure(error: Exception) -> str:
+    """In one line why `torch.load` failed, without its advice to load unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Check the documentation")]
+    if not lines:
+        return repr(error)
+    line = lines[-1] if lines[0].startswith("Weights only load failed") else lines[0]
+    return f"{type(error).__name__}: {line.removeprefix('WeightsUnpickler error: ').partition('. Please use')[0]}"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

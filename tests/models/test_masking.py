@@ -1,0 +1,94 @@
+"""Span masks against an independent implementation of fairseq's statistics, and on inputs where that one fails."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k2ssl.models.masking import MaskingConfig, draw_span_mask, most_hidden, select_true
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _reference_mask(rows: int, frames: int, probability: float, length: int, min_spans: int, rng: np.random.Generator) -> np.ndarray:
+    """One row after the other, as the statistics are described."""
+    hidden = []
+    for _ in range(rows):
+        spans = max(int(probability * frames / length + rng.random()), min_spans)
+        starts = rng.choice(frames - length, spans, replace=False)
+        hidden.append(np.unique((starts[:, None] + np.arange(length)).ravel()))
+    fewest = min(map(len, hidden))
+    mask = np.zeros((rows, frames), dtype=bool)
+    for row, positions in zip(mask, hidden, strict=True):
+        row[rng.choice(positions, fewest, replace=False)] = True
+    return mask
+
+
+@pytest.mark.parametrize(("probability", "frames"), [(0.8, 390), (0.65, 200), (0.8, 60)])
+def test_coverage_and_runs_are_those_of_the_reference(probability: float, frames: int) -> None:
+    rng, generator = np.random.default_rng(0), _generator(0)
+    ours = [draw_span_mask(torch.full((16,), frames), frames, probability, 10, 2, generator).numpy() for _ in range(300)]
+    theirs = [_reference_mask(16, frames, probability, 10, 2, rng) for _ in range(300)]
+
+    def statistics(masks: list[np.ndarray]) -> np.ndarray:
+        stacked = np.concatenate(masks)
+        starts = (stacked[:, 1:] & ~stacked[:, :-1]).sum(axis=1).mean() / frames
+        return np.array([stacked.mean(), starts, stacked[:, :10].mean(), stacked[:, -10:].mean()])
+
+    difference = np.abs(statistics(ours) - statistics(theirs))
+    assert (difference <= [0.013, 0.004, 0.03, 0.03]).all(), difference  # four standard errors of the difference of two such samples
+
+
+def test_the_published_mask_hides_about_57_percent() -> None:
+    mask = draw_span_mask(torch.full((1,), 5000), 5000, 0.8, 10, 2, _generator(1))
+    assert mask.float().mean().item() == pytest.approx(0.55, abs=0.03)  # 1 - (1 - 10 / T)^(.8 T / 10) -> 1 - exp(-.8) = .551
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lens=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    probability=st.floats(0, 1),
+    length=st.integers(1, 20),
+    min_spans=st.integers(0, 3),
+    seed=st.integers(0, 10**6),
+)
+def test_masks_of_any_lengths_have_equal_counts_inside_the_utterances(
+    lens: list[int], probability: float, length: int, min_spans: int, seed: int
+) -> None:
+    max_len = max(lens) + seed % 3
+    mask = draw_span_mask(torch.tensor(lens), max_len, probability, length, min_spans, _generator(seed))
+    counts = mask.sum(dim=1)
+    assert mask.shape == (len(lens), max_len)
+    assert (counts == counts[0]).all()
+    assert counts[0] <= most_hidden(max_len, probability, length, min_spans)
+    for row, n in zip(mask, lens, strict=True):
+        assert not row[n:].any()
+        assert n == 1 or not row[:n].all()
+    assert min_spans == 0 or counts[0] >= 1
+
+
+def test_equal_seeds_draw_equal_masks() -> None:
+    draws = [draw_span_mask(torch.tensor([90, 50]), 90, 0.8, 10, 2, _generator(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@settings(max_examples=50, deadline=None)
+@given(flags=st.lists(st.booleans(), min_size=1, max_size=60), extra=st.integers(0, 9))
+def test_select_true_lists_the_true_positions_in_order(flags: list[bool], extra: int) -> None:
+    mask = torch.tensor(flags)
+    expected = mask.nonzero().flatten()
+    positions, valid = select_true(mask, len(expected) + extra)
+    assert torch.equal(positions[: len(expected)], expected)
+    assert valid.tolist() == [True] * len(expected) + [False] * extra
+    assert (positions[len(expected) :] == 0).all()
+
+
+@pytest.mark.parametrize(("field", "value"), [("probability", 1.5), ("length", 0), ("min_spans", -1), ("channel_probability", -0.1)])
+def test_impossible_masking_is_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"MaskingConfig: {field} is {value}"):
+        MaskingConfig(**{field: value})
