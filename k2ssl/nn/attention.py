@@ -18,7 +18,7 @@ from k2ssl.nn.keep_in_graph import keep_in_graph
 from k2ssl.nn.schedule import Clock, Schedule
 from k2ssl.nn.whiten import Whiten
 
-_PADDING_SCORE = -1000.0  # its exponential is exactly 0 in float32 and float16 next to any real score
+_PADDING_SCORE = -1000.0  # its exponential is exactly 0 next to any score above -890
 _SCORE_LIMIT = 25.0
 _SCORE_PENALTY = 1e-4  # absolute, so it assumes gradients of a loss summed over frames, as published
 _SCORE_PENALTY_PROBABILITY = 0.1
@@ -49,6 +49,10 @@ class AttentionWeights(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(N, T, C), table (2T-1, pos_dim), mask (N, T) True at padding -> weights (N, H, T, T), rows sum to 1."""
+        if positions.shape[0] != 2 * x.shape[1] - 1:
+            raise ValueError(
+                f"AttentionWeights: positions has {positions.shape[0]} rows, {2 * x.shape[1] - 1} are needed for {x.shape[1]} frames"
+            )
         query, key, pos_query = self.in_proj(x).split(self.widths, dim=-1)
         key = self.key_whiten(self.key_balancer(key))
         query, key, pos_query = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, pos_query))

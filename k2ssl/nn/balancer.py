@@ -43,7 +43,10 @@ class Balancer(nn.Module):
         min_abs, max_abs: limits on the mean absolute value of a channel.
         probability: fraction of calls on which it acts.
         grad_scale: size of the added gradient relative to the incoming one.
-    Each may be a number or a `Schedule`.
+    Each but grad_scale may be a number or a `Schedule`.
+
+    Raises:
+        ValueError: a proportion or probability outside [0, 1].
 
     Upstream: Balancer. Unlike there, whether it acts never depends on the state of the GPU's memory allocator.
     """
@@ -66,6 +69,10 @@ class Balancer(nn.Module):
         self.max_abs = _as_schedule(max_abs)
         self.probability = Schedule((0.0, 0.5), (8000.0, 0.125)) if probability is None else _as_schedule(probability)
         self.grad_scale = grad_scale
+        for name in ("min_positive", "max_positive", "probability"):
+            for _, value in getattr(self, name).points:
+                if not 0.0 <= value <= 1.0:
+                    raise ValueError(f"Balancer: {name} is {value}, allowed is 0 <= {name} <= 1")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> the same tensor's values."""

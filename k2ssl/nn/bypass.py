@@ -38,4 +38,6 @@ class Bypass(nn.Module):
             skip_rate = self.skip_rate(count)
             if skip_rate > 0.0:
                 scale = scale * keep_mask((before.shape[0], 1, 1), skip_rate, self.clock, scale)
-        return before + (after - before) * scale.to(after.dtype)
+        # under autocast the float32 scale makes the sum float32, as in the published system: the stream that all layers add to is
+        # then not rounded to 8 or 11 bits by each of them
+        return before + (after - before) * scale

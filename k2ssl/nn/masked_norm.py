@@ -7,12 +7,15 @@ does the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_SLICE = 64  # channels worked on at a time
 
 
 class MaskedTimeNorm(nn.Module):
@@ -34,22 +37,21 @@ class MaskedTimeNorm(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(N, C, T), (N, T) bool with True at padding or None -> (N, C, T), zero at padding."""
-        if padding_mask is not None:
+        if padding_mask is not None or x.dtype not in (torch.float32, torch.float64):
             return masked_time_norm(x, padding_mask, self.weight, self.bias, self.eps)
-        wide = _statistics_dtype(x)
-        groups = self.weight.numel()
-        return F.group_norm(x.to(wide), groups, self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.group_norm(x, weight.numel(), weight, bias, self.eps)
 
 
-def masked_time_norm(x: Tensor, padding_mask: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def masked_time_norm(x: Tensor, padding_mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalise each channel of each utterance over its valid frames; zero elsewhere.
 
-    A custom backward keeps only `x` (in its own dtype) and one mean and one deviation per channel, because at the first layer of a
-    waveform stack every further saved copy costs gigabytes.
+    A custom backward keeps only `x` (in its own dtype) and one mean and one deviation per channel, and both passes work through the
+    channels in slices, because at the first layer of a waveform stack every further copy of `x` costs gigabytes.
 
     Args:
         x: (N, C, T).
-        padding_mask: (N, T) bool, True at padding; each row has at least one False.
+        padding_mask: (N, T) bool, True at padding, each row with at least one False; None when nothing is padded.
         weight, bias: (C,).
 
     Returns:
@@ -60,32 +62,54 @@ def masked_time_norm(x: Tensor, padding_mask: Tensor, weight: Tensor, bias: Tens
 
 class _MaskedTimeNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, padding_mask: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, padding_mask: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         wide = _statistics_dtype(x)
-        padding = padding_mask.unsqueeze(1)
-        count = (~padding).sum(-1, keepdim=True).to(wide)  # (N, 1, 1)
-        centred = x.to(wide).masked_fill(padding, 0)
-        mean = centred.sum(-1, keepdim=True) / count
-        centred = (centred - mean).masked_fill_(padding, 0)
-        inv_std = (torch.linalg.vector_norm(centred, dim=-1, keepdim=True).square() / count + eps).rsqrt()
-        ctx.save_for_backward(x, padding, weight, count, mean, inv_std)
-        scale = inv_std * weight.to(wide).unsqueeze(-1)
-        return centred.mul_(scale).add_(bias.to(wide).unsqueeze(-1)).masked_fill_(padding, 0).to(x.dtype)
+        padding = None if padding_mask is None else padding_mask.unsqueeze(1)
+        count = torch.full((1, 1, 1), x.shape[2], dtype=wide, device=x.device)
+        if padding is not None:
+            count = (~padding).sum(-1, keepdim=True).to(wide)  # (N, 1, 1)
+        y = torch.empty_like(x)
+        means, inv_stds = [], []
+        for part in _slices(x.shape[1]):
+            centred = _zero(x[:, part].to(wide, copy=True), padding)
+            mean = centred.sum(-1, keepdim=True) / count
+            centred = _zero(centred.sub_(mean), padding)
+            inv_std = (torch.linalg.vector_norm(centred, dim=-1, keepdim=True).square() / count + eps).rsqrt()
+            scale = inv_std * weight[part].to(wide).unsqueeze(-1)
+            y[:, part] = _zero(centred.mul_(scale).add_(bias[part].to(wide).unsqueeze(-1)), padding)
+            means.append(mean)
+            inv_stds.append(inv_std)
+        ctx.save_for_backward(x, padding, weight, count, torch.cat(means, dim=1), torch.cat(inv_stds, dim=1))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, padding, weight, count, mean, inv_std = ctx.saved_tensors
         wide = _statistics_dtype(x)
-        grad = grad.to(wide).masked_fill(padding, 0)
-        normal = ((x.to(wide) - mean) * inv_std).masked_fill_(padding, 0)
-        grad_sum = grad.sum(-1, keepdim=True)  # (N, C, 1)
-        product_sum = (grad * normal).sum(-1, keepdim=True)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad - grad_sum / count - normal * (product_sum / count)).masked_fill_(padding, 0)
-            grad_x = grad_x.mul_(inv_std * weight.to(wide).unsqueeze(-1)).to(x.dtype)
-        return grad_x, None, product_sum.sum((0, 2)).to(weight.dtype), grad_sum.sum((0, 2)).to(weight.dtype), None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
+        for part in _slices(x.shape[1]):
+            grad_part = _zero(grad[:, part].to(wide, copy=True), padding)
+            normal = _zero((x[:, part].to(wide) - mean[:, part]).mul_(inv_std[:, part]), padding)
+            grad_sum = grad_part.sum(-1, keepdim=True)  # (N, part, 1)
+            product_sum = (grad_part * normal).sum(-1, keepdim=True)
+            grad_weight[part] = product_sum.sum((0, 2)).to(weight.dtype)
+            grad_bias[part] = grad_sum.sum((0, 2)).to(weight.dtype)
+            if grad_x is not None:
+                grad_part.sub_(grad_sum / count).sub_(normal.mul_(product_sum / count))
+                grad_part.mul_(inv_std[:, part] * weight[part].to(wide).unsqueeze(-1))
+                grad_x[:, part] = _zero(grad_part, padding)
+        return grad_x, None, grad_weight, grad_bias, None
+
+
+def _slices(channels: int) -> Iterator[slice]:
+    return (slice(start, start + _SLICE) for start in range(0, channels, _SLICE))
+
+
+def _zero(x: Tensor, padding: Tensor | None) -> Tensor:
+    """`x` with zeros at padding, in place."""
+    return x if padding is None else x.masked_fill_(padding, 0)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

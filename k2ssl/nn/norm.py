@@ -45,10 +45,10 @@ class _BiasNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, bias.dtype))
+        wide = x.to(torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32))
         # a frame of zeros (padding) with a zero bias has no direction to normalise: keep it zero instead of 0 / 0
         mean_square = (wide - bias).square().mean(dim=-1, keepdim=True).clamp_min(1e-20)
-        scale = mean_square.rsqrt() * log_scale.exp()
+        scale = mean_square.rsqrt() * log_scale.to(wide.dtype).exp()
         ctx.save_for_backward(x, bias, scale, mean_square)
         return (wide * scale).to(x.dtype)
 
@@ -63,4 +63,4 @@ class _BiasNorm(torch.autograd.Function):
         grad_centred = (wide - bias) * (through_scale / (mean_square * x.shape[-1]))
         grad_x = (grad * scale - grad_centred).to(x.dtype)
         grad_bias = grad_centred.reshape(-1, x.shape[-1]).sum(dim=0)
-        return grad_x, grad_bias, through_scale.sum()
+        return grad_x, grad_bias.to(bias.dtype), through_scale.sum().to(bias.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,22 +16,31 @@ class Downsample(nn.Module):
 
     def __init__(self, factor: int) -> None:
         super().__init__()
+        if factor < 1:
+            raise ValueError(f"Downsample: factor is {factor}, allowed is >= 1")
         self.factor = factor
         self.bias = nn.Parameter(torch.zeros(factor))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(N, T, C) -> (N, ceil(T / factor), C); `padding_mask` (N, T) True at padding, contiguous at the end."""
         num_groups = -(-x.shape[1] // self.factor)
-        source = torch.arange(num_groups * self.factor, device=x.device)
-        if padding_mask is None:
-            if num_groups * self.factor != x.shape[1]:
-                x = x.index_select(1, source.clamp(max=x.shape[1] - 1))
-        else:
-            last = ((~padding_mask).sum(dim=1, keepdim=True) - 1).clamp(min=0)
-            source = torch.minimum(source.unsqueeze(0), last).unsqueeze(-1).expand(-1, -1, x.shape[2])
-            x = x.gather(1, source)
+        surplus = num_groups * self.factor - x.shape[1]
         weights = self.bias.softmax(dim=0).to(x.dtype)
-        return (x.unflatten(1, (num_groups, self.factor)) * weights[:, None]).sum(dim=2)
+        if padding_mask is None:
+            if surplus:
+                x = torch.cat((x, x[:, -1:].expand(-1, surplus, -1)), dim=1)
+            return self._weigh(x, weights)
+
+        # A frame that completes its group counts with the weights of all slots that it fills. (Gathering it into each of these slots
+        # would be shorter, but its gradient would be added up in an order that differs from run to run on a GPU.)
+        x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        last = ((~padding_mask).sum(dim=1) - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, x.shape[2])
+        empty = F.pad(padding_mask, (0, surplus), value=True).unflatten(1, (num_groups, self.factor))
+        missing = (weights * empty).sum(dim=2).masked_fill(empty[:, :, 0], 0.0)
+        return self._weigh(F.pad(x, (0, 0, 0, surplus)), weights) + missing.unsqueeze(-1) * x.gather(1, last)
+
+    def _weigh(self, x: Tensor, weights: Tensor) -> Tensor:
+        return (x.unflatten(1, (-1, self.factor)) * weights[:, None]).sum(dim=2)
 
 
 def upsample(x: Tensor, factor: int, num_frames: int) -> Tensor:

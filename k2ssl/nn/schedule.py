@@ -2,7 +2,7 @@
 
 Every training-only mechanism of the encoder (balancers, skips, dropouts) needs two things that change from step to step: how far
 training has come, and random numbers. Both live in one `Clock`, handed to each mechanism when it is built. Nothing is pushed onto
-sub-modules and no global random state is read, so `clock.seed(...)` before a step makes that step repeatable bit by bit.
+sub-modules and no global random state is read, so a step whose clock is put back can be replayed bit by bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import operator
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,34 +64,37 @@ def constant(value: float) -> Schedule:
 class Clock:
     """What changes from one training step to the next: the batch count, random generators, and slow flags.
 
-    One clock serves one model. `advance` and `seed` are the only calls a training loop makes; both are cheap and neither waits for
-    the device.
+    One clock serves one model. `seed` and `advance` are the only calls a training loop makes.
 
     - `batch_count` drives every `Schedule`. It is the adjusted count: seconds of audio seen over a reference batch duration.
     - `chance` answers host-side questions ("does this regulariser act this time?").
     - `generator(device)` draws masks and dropouts on the device.
     - *Flags* are booleans that a backward pass computes on the device and that later host-side decisions use (`Whiten` asks whether
-      its limit was exceeded). `advance` starts copying them to the host and makes use of the copy begun one call earlier, so the
-      host never waits and the outcome does not depend on timing.
+      its limit was exceeded). `advance` starts copying them to the host and makes use of the copy begun one call earlier: the host
+      waits at most for a step before the last one, and the outcome does not depend on timing.
 
-    `state_dict` holds all of it, differs between ranks, and is what an exact resume must restore.
+    A step is replayed bit by bit by restoring the `state_dict` taken before it (seeding alone would not bring back the flags). It
+    differs between ranks, and is what an exact resume must restore. Recomputing a part of a forward pass (activation checkpointing)
+    draws again, so it too needs the state restored around the recomputation.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.batch_count = 0.0
         self._host = random.Random()
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._loaded_generators: dict[str, Tensor] = {}  # by type of device, until a generator is asked for there
         self._flags_host: list[bool] = []
-        self._flags_device: dict[torch.device, Tensor] = {}
+        self._flags_device: Tensor | None = None
         self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._seed = 0
         self.seed(seed)
 
     def seed(self, *parts: int) -> None:
         """Restart all generators from integers such as (seed, rank, epoch, step); equal parts give equal draws."""
-        digest = hashlib.blake2b(repr(tuple(int(part) for part in parts)).encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(repr(tuple(operator.index(part) for part in parts)).encode(), digest_size=8).digest()
         self._seed = int.from_bytes(digest, "little") >> 1  # torch takes signed 64-bit seeds
         self._host.seed(self._seed)
+        self._loaded_generators = {}
         for generator in self._generators.values():
             generator.manual_seed(self._seed)
 
@@ -102,9 +107,10 @@ class Clock:
         if not (math.isfinite(batch_count) and batch_count >= 0):
             raise ValueError(f"Clock.advance: batch_count is {batch_count}, a finite number >= 0 is needed")
         self.batch_count = float(batch_count)
-        self._apply_copied_flags()
-        for flags in self._flags_device.values():
-            self._copy = _start_copy(flags)
+        if self._copy is not None:
+            self._wait_for_copy()
+            self._flags_host = self._copy[0].tolist()
+        self._copy = None if self._flags_device is None else _start_copy(self._flags_device)
 
     def chance(self, probability: float) -> bool:
         """True with the given probability, drawn on the host."""
@@ -117,7 +123,11 @@ class Clock:
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator for tensors on `device`, made and seeded at first use."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            generator = torch.Generator(device).manual_seed(self._seed)
+            loaded = self._loaded_generators.pop(device.type, None)
+            if loaded is not None:
+                generator.set_state(loaded)
+            self._generators[device] = generator
         return self._generators[device]
 
     def add_flag(self) -> int:
@@ -131,32 +141,37 @@ class Clock:
 
     def set_flag(self, number: int, value: Tensor) -> None:
         """Store a boolean scalar tensor into a flag, on that tensor's device; the host sees it after two `advance` calls."""
-        device = value.device
-        flags = self._flags_device.get(device)
-        if flags is None or flags.numel() != len(self._flags_host):
-            flags = torch.tensor(self._flags_host, device=device)
-            self._flags_device = {device: flags}
-        flags[number].copy_(value)
+        if self._flags_device is None or self._flags_device.numel() != len(self._flags_host):
+            self._flags_device = torch.tensor(self._flags_host)
+        if self._flags_device.device != value.device:
+            self._flags_device = self._flags_device.to(value.device)
+        self._flags_device[number].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue exactly; plain numbers, strings, lists and CPU tensors. Waits for the device."""
+        """Everything needed to continue exactly, on any machine with the same type of device: plain numbers, lists and CPU tensors.
+        Waits for the device."""
         self._wait_for_copy()
+        generators = {device.type: generator.get_state() for device, generator in self._generators.items()}
         return {
             "batch_count": self.batch_count,
             "seed": self._seed,
             "host": _to_lists(self._host.getstate()),
-            "generators": {str(device): g.get_state() for device, g in self._generators.items()},
+            "generators": {**self._loaded_generators, **generators},
             "flags_host": list(self._flags_host),
-            "flags_device": {str(device): flags.cpu() for device, flags in self._flags_device.items()},
+            "flags_device": None if self._flags_device is None else self._flags_device.cpu().clone(),
             "flags_copied": None if self._copy is None else self._copy[0].clone(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. Touches no device: generators and flags go there when they are first used.
 
         Raises:
-            ValueError: the state was saved by a model with another number of flags.
+            ValueError: keys are missing or unknown, or the state was saved by a model with another number of flags; nothing has been
+                changed then.
         """
+        expected = {"batch_count", "seed", "host", "generators", "flags_host", "flags_device", "flags_copied"}
+        if set(state) != expected:
+            raise ValueError(f"Clock.load_state_dict: keys are {sorted(state)}, allowed are exactly {sorted(expected)}")
         if len(state["flags_host"]) != len(self._flags_host):
             raise ValueError(
                 f"Clock.load_state_dict: flags_host has {len(state['flags_host'])} entries, this model has {len(self._flags_host)}"
@@ -165,18 +180,16 @@ class Clock:
         self._seed = state["seed"]
         self._host.setstate(_to_tuples(state["host"]))
         self._generators = {}
-        for name, generator_state in state["generators"].items():
-            self.generator(torch.device(name)).set_state(generator_state)
+        self._loaded_generators = {kind: generator.clone() for kind, generator in state["generators"].items()}
         self._flags_host = list(state["flags_host"])
-        self._flags_device = {torch.device(name): flags.to(name) for name, flags in state["flags_device"].items()}
+        self._flags_device = None if state["flags_device"] is None else state["flags_device"].clone()
         self._copy = None if state["flags_copied"] is None else (state["flags_copied"].clone(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
         # torch.Generator and CUDA events cannot be copied, their state can: a copied model (an average, say) gets a clock of its own
         copy = Clock()
         memo[id(self)] = copy
-        copy._flags_host = list(self._flags_host)
-        copy.load_state_dict(self.state_dict())
+        copy.__setstate__(self.state_dict())
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,12 +203,6 @@ class Clock:
     def _wait_for_copy(self) -> None:
         if self._copy is not None and self._copy[1] is not None:
             self._copy[1].synchronize()
-
-    def _apply_copied_flags(self) -> None:
-        self._wait_for_copy()
-        if self._copy is not None:
-            self._flags_host = self._copy[0].tolist()
-            self._copy = None
 
 
 def _start_copy(flags: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -32,11 +32,13 @@ class Whiten(nn.Module):
         grad_scale: relative size of the added gradient.
 
     Raises:
-        ValueError: a limit below 1 (the metric cannot go lower).
+        ValueError: a limit below 1 (the metric cannot go lower); channels that do not divide into the groups.
     """
 
     def __init__(self, clock: Clock, num_groups: int, limit: float | Schedule, grad_scale: float) -> None:
         super().__init__()
+        if num_groups < 1:
+            raise ValueError(f"Whiten: num_groups is {num_groups}, allowed is >= 1")
         self.clock = clock
         self.num_groups = num_groups
         self.limit = limit if isinstance(limit, Schedule) else constant(limit)
@@ -50,6 +52,8 @@ class Whiten(nn.Module):
         """(..., C) -> the same tensor's values."""
         if not (self.training and x.requires_grad):
             return x
+        if x.shape[-1] % self.num_groups:
+            raise ValueError(f"Whiten: x has {x.shape[-1]} channels, a multiple of num_groups {self.num_groups} is needed")
         probability = _PROBABILITY_ABOVE if self.clock.flag(self.above_limit) else _PROBABILITY_BELOW
         if not self.clock.chance(probability):
             return x

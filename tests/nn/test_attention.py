@@ -94,6 +94,12 @@ def test_the_position_projection_has_a_gradient_also_when_positions_are_left_out
     assert bool((module.linear_pos.weight.grad == 0).all()) == skip
 
 
+def test_a_positional_table_of_another_length_is_refused() -> None:
+    module = AttentionWeights(8, 2, 4, 2, 6, Clock())
+    with pytest.raises(ValueError, match="positions has 11 rows, 9 are needed for 5 frames"):
+        module(torch.randn(1, 5, 8), relative_positions(6, 6, torch.device("cpu")))
+
+
 def test_initial_scales_are_the_published_ones() -> None:
     module = AttentionWeights(256, 4, 32, 4, 48, NeverClock())
     assert module.in_proj.weight.abs().max().item() == pytest.approx(256**-0.5 * 32**-0.25, rel=0.01)

@@ -63,6 +63,13 @@ def test_it_acts_on_the_scheduled_fraction_of_training_calls_and_never_in_evalua
     assert fraction(100) == 0.0
 
 
+def test_impossible_proportions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_positive is 1\.5"):
+        Balancer(Clock(), max_positive=1.5)
+    with pytest.raises(ValueError, match="probability is 3"):
+        Balancer(Clock(), probability=3.0)
+
+
 def test_limits_follow_their_schedules() -> None:
     clock = Clock()
     balancer = Balancer(clock, min_abs=Schedule((0, 0.2), (20000, 0.5)))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k2ssl.nn import masked_norm as masked_norm_file
 from k2ssl.nn.masked_norm import MaskedTimeNorm, masked_time_norm
 
 LENS = (7, 1, 4)
@@ -54,6 +55,27 @@ def test_gradients_equal_finite_differences() -> None:
     # the utterance of a single frame has variance 0, where eps makes the function too steep for finite differences
     x, mask = x.detach()[[0, 2]].requires_grad_(), mask[[0, 2]]
     assert torch.autograd.gradcheck(lambda *args: masked_time_norm(args[0], mask, *args[1:], EPS), (x, weight, bias))
+
+
+def test_slices_of_channels_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, mask, weight, bias = (t.requires_grad_() if t.is_floating_point() else t for t in _inputs())
+    results = []
+    for size in (64, 2):
+        monkeypatch.setattr(masked_norm_file, "_SLICE", size)
+        for padding in (mask, None):
+            y = masked_time_norm(x, padding, weight, bias, EPS)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight, bias))))
+    for whole, sliced in zip(results[:2], results[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
+
+
+def test_nothing_wider_than_the_input_is_kept_for_the_backward_pass() -> None:
+    x = torch.randn(2, 8, 500).bfloat16().requires_grad_()
+    for mask in (None, torch.zeros(2, 500, dtype=torch.bool)):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            MaskedTimeNorm(8)(x, mask)
+        assert [t.dtype for t in kept if t.numel() >= x.numel()] == [torch.bfloat16]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from k2ssl.nn.norm import BiasNorm
@@ -41,6 +42,20 @@ def test_a_frame_of_zeros_stays_finite_with_a_zero_bias() -> None:
     y.sum().backward()
     assert torch.equal(y, torch.zeros_like(y))
     assert torch.isfinite(norm.bias.grad).all() and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_module_in_half_precision_still_computes_in_float32(dtype: torch.dtype) -> None:
+    norm = BiasNorm(64, Clock()).eval()
+    x = (300 * torch.randn(5, 64)).to(dtype)
+    expected = norm(x.float())
+    half = norm.to(dtype)
+    x.requires_grad_()
+    y = half(x)
+    y.float().square().sum().backward()
+    torch.testing.assert_close(y.float(), expected, atol=0, rtol=0.02)
+    assert half.bias.grad is not None and half.bias.grad.dtype == dtype and torch.isfinite(half.bias.grad).all()
+    assert not half(torch.zeros(1, 64, dtype=dtype)).isnan().any()
 
 
 def test_in_training_the_scale_is_turned_back_when_it_leaves_its_range() -> None:

@@ -89,6 +89,37 @@ def test_a_saved_clock_continues_exactly_through_a_file_that_is_loaded_without_u
         Clock().load_state_dict(clock.state_dict())
 
 
+def test_a_loaded_clock_touches_no_device_until_it_draws_there() -> None:
+    clock = Clock(3)
+    number = clock.add_flag()
+    _draws(clock)
+    clock.set_flag(number, torch.tensor(False))
+    state = clock.state_dict()
+    elsewhere = {**state, "generators": {"cuda": state["generators"]["cpu"]}}  # as saved by a process on some GPU
+    restored = Clock()
+    restored.add_flag()
+    restored.load_state_dict(elsewhere)
+    assert restored.state_dict()["generators"].keys() == {"cuda"}
+    for step in range(2):
+        restored.advance(step)
+    assert not restored.flag(number)
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 1}, {"flags_host": [True, True]}])
+def test_a_state_that_does_not_fit_changes_nothing(change: dict[str, object]) -> None:
+    clock = Clock(4)
+    before = clock.state_dict()
+    state = {**Clock(9).state_dict(), **change} if "flags_host" in change else change
+    with pytest.raises(ValueError, match=r"Clock\.load_state_dict"):
+        clock.load_state_dict(state)
+    assert clock.state_dict()["host"] == before["host"] and clock.batch_count == 0
+
+
+def test_seeds_are_whole_numbers() -> None:
+    with pytest.raises(TypeError):
+        Clock().seed(1.7)  # type: ignore[arg-type]
+
+
 def test_a_copied_clock_draws_the_same_and_then_goes_its_own_way() -> None:
     clock = Clock(5)
     clock.add_flag()

@@ -70,6 +70,38 @@ def test_it_acts_on_a_quarter_of_calls_above_the_limit_and_on_a_fortieth_below()
     assert _acts(Whiten(clock, 1, limit=100.0, grad_scale=0.01), clock, x, 2000) == pytest.approx(0.025, abs=0.014)
 
 
+def test_channels_that_do_not_divide_into_the_groups_are_refused_on_every_call() -> None:
+    with pytest.raises(ValueError, match="x has 5 channels, a multiple of num_groups 3"):
+        Whiten(Clock(), 3, 2.0, 0.01)(torch.randn(4, 5, requires_grad=True))
+    with pytest.raises(ValueError, match="num_groups is 0"):
+        Whiten(Clock(), 0, 2.0, 0.01)
+
+
+def test_a_step_is_replayed_exactly_from_the_clock_before_it_and_not_always_from_its_seed() -> None:
+    clock = Clock()
+    whiten = Whiten(clock, 1, limit=2.0, grad_scale=0.5)
+    white, line = torch.randn(60, 4), torch.randn(60, 1) * torch.ones(4)
+
+    def step(number: int) -> torch.Tensor:
+        clock.seed(1, number)
+        clock.advance(number)
+        x = (line if number // 10 % 2 else white).clone().requires_grad_()
+        whiten(x).backward(torch.ones_like(x))
+        return x.grad
+
+    by_seed_alone = 0
+    for number in range(400):
+        state = clock.state_dict()
+        first = step(number)
+        after = clock.state_dict()
+        clock.load_state_dict(state)
+        assert torch.equal(step(number), first)
+        clock.load_state_dict(after)
+        by_seed_alone += torch.equal(step(number), first)
+        clock.load_state_dict(after)
+    assert by_seed_alone < 400
+
+
 def test_a_limit_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"limit is 0\.5, allowed is >= 1"):
         Whiten(Clock(), 1, 0.5, 0.01)
