@@ -56,7 +56,20 @@ def from_dict(cls: type[Config], data: Mapping[str, Any], path: str = "") -> Con
         raise ValueError(f"{path}: {error}" if path else str(error)) from error
 
 
+def check_types(config: Any) -> None:
+    """Refuse a dataclass made in Python whose fields hold values of other types than declared; called first in `__post_init__`.
+
+    Raises:
+        ValueError: naming the class, the field, the value and the type that is needed.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        _from_plain(hints[field.name], getattr(config, field.name), f"{type(config).__name__}: {field.name}")
+
+
 def _from_plain(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and isinstance(value, get_args(hint) or hint):
+        return value  # made in Python, and checked by its own class
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _from_union(get_args(hint), value, path)

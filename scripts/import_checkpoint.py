@@ -96,6 +96,8 @@ def convert(options: argparse.Namespace) -> None:
     """Read, fit, check, write; ValueError or OSError if anything is wrong."""
     if options.out.exists() and not options.force:
         raise ValueError(f"{options.out} exists; --force replaces it")
+    if options.out.is_dir() or options.out.resolve() == options.checkpoint.resolve():
+        raise ValueError(f"{options.out} is {'a folder' if options.out.is_dir() else 'the checkpoint itself'}; name another file to write")
     if not options.out.parent.is_dir():
         raise ValueError(f"{options.out.parent} is not a folder")
     config = SIZES[options.size]() if options.size else read_config(options.config)

@@ -10,7 +10,10 @@ import pytest
 
 from k2ssl.models.frontend import LogMelConfig, WaveformConfig
 from k2ssl.models.hubert import HubertConfig
+from k2ssl.models.masking import MaskingConfig
+from k2ssl.models.prediction_head import HeadConfig
 from k2ssl.models.transformer import TransformerConfig
+from k2ssl.models.zipformer import ZipformerConfig
 from k2ssl.structure import from_dict, to_dict
 
 
@@ -83,6 +86,24 @@ def test_one_of_several_dataclasses_is_named_by_kind(encoder: object) -> None:
     with pytest.raises(ValueError, match=r"encoder\.kind: is .* allowed are transformer, zipformer"):
         from_dict(HubertConfig, {"encoder": encoder})
     assert from_dict(HubertConfig, {"encoder": {"kind": "transformer", "num_layers": 3}}).encoder == TransformerConfig(num_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HeadConfig(num_classes=504), "HeadConfig: num_classes: a list is needed, not 504"),
+        (lambda: HeadConfig(num_classes=(504.5,)), r"HeadConfig: num_classes\[0\]: is 504\.5 of type float, int is needed"),
+        (lambda: ZipformerConfig(dim=192), "ZipformerConfig: dim: a list is needed"),
+        (lambda: ZipformerConfig(pos_dim="48"), "ZipformerConfig: pos_dim: is '48' of type str"),
+        (lambda: WaveformConfig(layers=(10, 5)), r"WaveformConfig: layers\[0\]: a list is needed, not 10"),
+        (lambda: MaskingConfig(length=10.5), "MaskingConfig: length: is 10.5 of type float"),
+        (lambda: HubertConfig(label_rate=50.0), "HubertConfig: label_rate: a list is needed"),
+        (lambda: HubertConfig(encoder=WaveformConfig()), "HubertConfig: encoder"),
+    ],
+)
+def test_configurations_made_in_python_are_checked_for_types(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_what_could_not_be_read_back_is_not_stored() -> None:

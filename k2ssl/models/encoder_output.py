@@ -32,8 +32,8 @@ def check_encoder_input(x: Tensor, padding_mask: Tensor | None, input_dim: int) 
     Raises:
         ValueError: `x` is not (N, T >= 1, input_dim), or `padding_mask` is not a bool tensor (N, T).
     """
-    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != input_dim:
-        raise ValueError(f"encoder: x has shape {tuple(x.shape)}, allowed is (N, T >= 1, {input_dim})")
+    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != input_dim or not x.is_floating_point():
+        raise ValueError(f"encoder: x has shape {tuple(x.shape)} and type {x.dtype}, allowed are floats of shape (N, T >= 1, {input_dim})")
     if padding_mask is not None and (padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool):
         raise ValueError(
             f"encoder: padding_mask has shape {tuple(padding_mask.shape)} and type {padding_mask.dtype}, "

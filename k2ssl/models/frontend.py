@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from k2ssl.batch import padding_mask_from_lens
 from k2ssl.models.frontend_base import Frontend, check_gradient_scale
 from k2ssl.models.logmel import LogMelConfig, LogMelFrontend
 from k2ssl.nn.masked_norm import MaskedTimeNorm, masked_time_norm
+from k2ssl.structure import check_types
 
 __all__ = ["Frontend", "FrontendConfig", "LogMelConfig", "LogMelFrontend", "WaveformConfig", "WaveformFrontend", "build_frontend"]
 
 _EPS = 1e-5
-_NormMode = Literal["group", "layer"]
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,18 @@ class WaveformConfig:
 
     channels: int = 512
     layers: tuple[tuple[int, int], ...] = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
-    norm: _NormMode = "group"
+    norm: Literal["group", "layer"] = "group"
     bias: bool = False
     normalize_audio: bool | None = None
     gradient_scale: float = 1.0
     sample_rate: int = 16000
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.channels < 1:
             raise ValueError(f"WaveformConfig: channels is {self.channels}, an integer >= 1 is needed")
         if not self.layers or any(len(layer) != 2 or min(layer) < 1 for layer in self.layers):
             raise ValueError(f"WaveformConfig: layers is {self.layers}, one or more pairs (kernel >= 1, stride >= 1) are needed")
-        if self.norm not in get_args(_NormMode):
-            raise ValueError(f"WaveformConfig: norm is {self.norm!r}, one of {get_args(_NormMode)} is needed")
         if self.sample_rate < 1:
             raise ValueError(f"WaveformConfig: sample_rate is {self.sample_rate}, an integer >= 1 (Hz) is needed")
         check_gradient_scale("WaveformConfig", self.gradient_scale)

@@ -51,12 +51,15 @@ class Frontend(nn.Module, ABC):
         """Frames that `num_samples` samples give, 0 where too few: for an int or, on any device, for an integer tensor of any shape."""
         return _num_windows(num_samples, self.receptive_field, self.stride)
 
-    def check_lens(self, audio: Tensor, audio_lens: Tensor | None = None) -> None:
+    def check_lens(self, audio: Tensor, audio_lens: Tensor | None = None) -> list[int]:
         """Refuse a batch that cannot be processed; looks at shapes and at host memory only, so it never waits for a device.
 
         Args:
             audio: (N, S) floating point.
             audio_lens: (N,) int64 on the CPU, or None if nothing is padded.
+
+        Returns:
+            Samples of each utterance.
 
         Raises:
             ValueError: a wrong shape, dtype or device, or an utterance shorter than one frame or longer than S.
@@ -72,6 +75,7 @@ class Frontend(nn.Module, ABC):
                 raise ValueError(f"utterance {position} has {samples} samples, at least {self.receptive_field} (one frame) are needed")
             if samples > width:
                 raise ValueError(f"utterance {position} has audio_lens {samples}, at most {width} (the width of audio) is allowed")
+        return lens
 
     def forward(self, audio: Tensor, audio_lens: Tensor | None = None) -> Tensor:
         """Frames of a batch.
@@ -86,8 +90,7 @@ class Frontend(nn.Module, ABC):
         Raises:
             ValueError: see `check_lens`.
         """
-        self.check_lens(audio, audio_lens)
-        if audio_lens is not None and int(audio_lens.min()) == audio.size(1):  # a CPU tensor: nothing waits
+        if min(self.check_lens(audio, audio_lens)) == audio.size(1):
             audio_lens = None
         with torch.no_grad() if self.gradient_scale == 0 else nullcontext():
             frames = self._frames(audio, audio_lens)
@@ -116,6 +119,8 @@ def _num_windows(num_samples: int | Tensor, window: int, stride: int) -> int | T
 
 
 def _lens_on_host(audio_lens: Tensor, num_utterances: int) -> list[int]:
+    if not isinstance(audio_lens, Tensor):
+        raise ValueError(f"audio_lens is a {type(audio_lens).__name__}, an int64 tensor or None is needed")
     if audio_lens.shape != (num_utterances,):
         raise ValueError(f"audio_lens has shape {tuple(audio_lens.shape)}, ({num_utterances},) is needed: one length per utterance")
     if audio_lens.dtype != torch.int64 or audio_lens.device.type != "cpu":

@@ -21,8 +21,10 @@ from k2ssl.models.transformer import TransformerConfig, TransformerEncoder
 from k2ssl.models.zipformer import Zipformer, ZipformerConfig
 from k2ssl.nn.dropout import Dropout
 from k2ssl.nn.schedule import Clock
+from k2ssl.structure import check_types
 
 EncoderConfig = ZipformerConfig | TransformerConfig
+_LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class HubertConfig:
     feature_penalty: float = 10.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("masked_weight", "unmasked_weight", "feature_penalty"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"HubertConfig: {name} is {getattr(self, name)}, allowed is a finite number >= 0")
@@ -116,8 +119,8 @@ class Encoded:
 class HubertModel(nn.Module):
     """Frontend, mask, encoder, heads.
 
-    `clock` is the one handle for training: `clock.seed(seed, rank, epoch, step)` and `clock.advance(adjusted batch count)` before a
-    step make that step repeatable.
+    `clock` is the one handle for training: call `clock.seed(seed, rank, epoch, step)` and `clock.advance(adjusted batch count)` before
+    every step. A step is replayed by restoring the clock's `state_dict` of before these calls.
     """
 
     def __init__(self, config: HubertConfig, clock: Clock | None = None) -> None:
@@ -157,11 +160,6 @@ class HubertModel(nn.Module):
             mask = self.draw_mask(batch.audio, batch.audio_lens)
             masking = self.config.masking
             most_masked = most_hidden(num_frames, masking.probability, masking.length, masking.min_spans)
-        elif mask.shape != (batch.audio.shape[0], num_frames) or mask.dtype != torch.bool:
-            raise ValueError(
-                f"HubertModel: mask has shape {tuple(mask.shape)} and type {mask.dtype}, "
-                f"allowed is {(batch.audio.shape[0], num_frames)} and torch.bool"
-            )
         encoded = self.encode(batch.audio, batch.audio_lens, mask)
         return self._loss(encoded, batch.labels, mask, most_masked)
 
@@ -169,12 +167,18 @@ class HubertModel(nn.Module):
         """Audio (N, S) to encoder frames; `mask` (N, T) True where frames are hidden, None hides nothing.
 
         Raises:
-            ValueError: see `Frontend.check_lens`.
+            ValueError: see `Frontend.check_lens`; a `mask` of another shape or type.
         """
+        lens = self.frontend.check_lens(audio, audio_lens)
+        num_frames = self.frontend.num_frames(audio.shape[1])
+        if mask is not None and (mask.shape != (len(lens), num_frames) or mask.dtype != torch.bool):
+            raise ValueError(
+                f"HubertModel: mask has shape {tuple(mask.shape)} and type {mask.dtype}, allowed is {(len(lens), num_frames)} and torch.bool"
+            )
         features = self.frontend(audio, audio_lens)
         padding_mask = None
-        if audio_lens is not None:
-            padding_mask = padding_mask_from_lens(self.frontend.num_frames(audio_lens), features.shape[1], features.device)
+        if audio_lens is not None and self.frontend.num_frames(min(lens)) < num_frames:
+            padding_mask = padding_mask_from_lens(self.frontend.num_frames(audio_lens), num_frames, features.device)
         x = self.input_dropout(self.projection(self.feature_norm(features)))
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_embedding.to(x.dtype), x)
@@ -183,8 +187,9 @@ class HubertModel(nn.Module):
 
     def draw_mask(self, audio: Tensor, audio_lens: Tensor | None = None) -> Tensor:
         """(N, T) bool, True where frames are to be hidden, drawn on the audio's device from the clock's generator."""
-        lens = torch.full((audio.shape[0],), audio.shape[1]) if audio_lens is None else audio_lens
-        frame_lens = self.frontend.num_frames(lens).to(audio.device, non_blocking=True)
+        frame_lens = torch.full((audio.shape[0],), self.frontend.num_frames(audio.shape[1]), device=audio.device)
+        if audio_lens is not None:
+            frame_lens = self.frontend.num_frames(audio_lens).to(audio.device, non_blocking=True)
         masking = self.config.masking
         return draw_span_mask(
             frame_lens,
@@ -283,7 +288,7 @@ def labels_of_frames(labels: Tensor, num_frames: int, ratio: float) -> Tensor:
 def check_labels(name: str, labels: Tensor, frame_lens: list[int], ratio: float, num_classes: int) -> None:
     """ValueError unless `labels` (N, L) fit utterances of `frame_lens` frames at `ratio` labels per frame; see `check_batch`."""
     n = len(frame_lens)
-    if labels.ndim != 2 or labels.shape[0] != n or labels.shape[1] == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.ndim != 2 or labels.shape[0] != n or labels.shape[1] == 0 or labels.dtype not in _LABEL_TYPES:
         raise ValueError(f"{name} has shape {tuple(labels.shape)} and type {labels.dtype}, allowed are integers ({n}, L >= 1)")
     tolerance = max(ratio, 1.0)
     if labels.device.type != "cpu":

@@ -62,12 +62,12 @@ def read_foreign_state(path: str | Path, weights: str = "model") -> dict[str, Te
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'a folder, a file is needed' if path.is_dir() else 'no such file'}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, a dictionary is needed. {_HELP}")
+        raise ValueError(f"{path}: holds no dictionary, which a checkpoint is. {_HELP}")
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        return dict(content)
+        return {str(key): value for key, value in content.items()}
     state = content.get(weights)
     if not isinstance(state, Mapping) or not state:
         usable = [str(key) for key, value in content.items() if isinstance(value, Mapping) and _is_state(value)]

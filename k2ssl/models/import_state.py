@@ -87,6 +87,9 @@ def import_state_dict(
         ValueError: an unknown source; an empty state dictionary or one of something other than tensors; no name that fits; tensors of
             other shapes than ours, all of them listed; two tensors for one of ours; with `strict` anything missing or left over.
     """
+    for name, given in (("allow_missing", allow_missing), ("allow_left_over", allow_left_over)):
+        if isinstance(given, str) or "" in given:  # the letters of a text, or nothing at all, would begin nearly every name
+            raise ValueError(f"{name} is {given!r}, a list of beginnings of names is needed")
     _check_state(state, source)
     ours = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     plan = _make_plan(ours, state, source)

@@ -17,9 +17,9 @@ from k2ssl.batch import padding_mask_from_lens
 from k2ssl.models.frontend_base import Frontend, check_gradient_scale
 from k2ssl.nn.activation import swoosh_r
 from k2ssl.nn.mel import LogMel
+from k2ssl.structure import check_types
 
 _TIME_STRIDE = 2
-_NUM_CONVS = 3
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ class LogMelConfig:
     gradient_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         self.build_mel()  # the one place that knows which filterbanks are possible
         if not math.isfinite(self.mel_mean):
             raise ValueError(f"LogMelConfig: mel_mean is {self.mel_mean}, a finite number is needed")
         if not (math.isfinite(self.mel_std) and self.mel_std > 0):
             raise ValueError(f"LogMelConfig: mel_std is {self.mel_std}, a finite number > 0 is needed")
-        if len(self.channels) != _NUM_CONVS or min(self.channels) < 1:
-            raise ValueError(f"LogMelConfig: channels is {self.channels}, {_NUM_CONVS} integers >= 1 are needed")
+        if min(self.channels) < 1:
+            raise ValueError(f"LogMelConfig: channels is {self.channels}, integers >= 1 are needed")
         for name in ("expansion", "output_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LogMelConfig: {name} is {getattr(self, name)}, an integer >= 1 is needed")

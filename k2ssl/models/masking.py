@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from k2ssl.structure import check_types
+
 
 @dataclass(frozen=True)
 class MaskingConfig:
@@ -30,6 +32,7 @@ class MaskingConfig:
     channel_length: int = 10
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("probability", "channel_probability"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"MaskingConfig: {name} is {getattr(self, name)}, allowed is 0 <= {name} <= 1")

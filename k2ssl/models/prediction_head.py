@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k2ssl.structure import check_types
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -28,10 +30,9 @@ class HeadConfig:
     code_dim: int = 256
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.num_classes or min(self.num_classes) < 2:
             raise ValueError(f"HeadConfig: num_classes is {self.num_classes}, allowed are one or more numbers >= 2")
-        if self.similarity not in ("linear", "cosine"):
-            raise ValueError(f"HeadConfig: similarity is {self.similarity!r}, allowed are 'linear' and 'cosine'")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"HeadConfig: temperature is {self.temperature}, allowed is > 0")
         if self.code_dim < 1:
@@ -48,7 +49,8 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, input_dim) -> (M, K), float32 at least."""
-        return _wide(self.projection(x)) / self.temperature
+        with torch.autocast(x.device.type, enabled=False):  # rounding errors would be multiplied by 1 / temperature
+            return F.linear(_wide(x), _wide(self.projection.weight), _wide(self.projection.bias)) / self.temperature
 
 
 class CosineHead(nn.Module):

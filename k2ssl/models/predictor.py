@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from k2ssl.nn.balancer import Balancer
 from k2ssl.nn.schedule import Clock
+from k2ssl.structure import check_types
 
 _CHANNELS_PER_GROUP = 4
 
@@ -41,6 +42,7 @@ class PredictorConfig:
     blank: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in (("vocab_size", 2), ("dim", 1), ("context_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"PredictorConfig: {name} is {getattr(self, name)}, at least {least} is needed")
@@ -131,6 +133,7 @@ class JoinerConfig:
     dim: int = 512
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name, least in (("encoder_dim", 1), ("predictor_dim", 1), ("vocab_size", 2), ("dim", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"JoinerConfig: {name} is {getattr(self, name)}, at least {least} is needed")

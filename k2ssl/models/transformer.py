@@ -13,6 +13,7 @@ from k2ssl.nn.dropout import Dropout
 from k2ssl.nn.fused_attention import FusedSelfAttention
 from k2ssl.nn.keep_in_graph import keep_in_graph
 from k2ssl.nn.schedule import Clock
+from k2ssl.structure import check_types
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class TransformerConfig:
     conv_pos_groups: int = 16
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("num_layers", "dim", "feedforward_dim", "num_heads", "conv_pos_kernel", "conv_pos_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TransformerConfig: {name} is {getattr(self, name)}, at least 1 is needed")

@@ -6,7 +6,7 @@ Source: arXiv 2310.11230; published sizes for self-supervised training: arXiv 24
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,11 @@ from k2ssl.nn.dropout import Dropout, keep_mask
 from k2ssl.nn.positional import relative_positions
 from k2ssl.nn.resample import Downsample, downsample_mask, upsample
 from k2ssl.nn.schedule import Clock, Schedule
+from k2ssl.structure import check_types
 
 _FEATURE_MASK_RATE = 0.125
 _POSITION_DROPOUT = 0.15
+_PER_STACK = ("num_layers", "downsampling", "dim", "feedforward_dim", "unmasked_dim", "num_heads", "kernel")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ZipformerConfig:
     warmup: float = 4000.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         self._check_stacks()
         for name in ("query_head_dim", "pos_head_dim", "value_head_dim"):
             _check_at_least(name, getattr(self, name), 1)
@@ -68,7 +71,7 @@ class ZipformerConfig:
             raise ValueError(f"ZipformerConfig: warmup is {self.warmup}, allowed is a batch count > 0")
 
     def _check_stacks(self) -> None:
-        lengths = {field.name: len(getattr(self, field.name)) for field in fields(self) if "int, ..." in str(field.type)}
+        lengths = {name: len(getattr(self, name)) for name in _PER_STACK}
         if len(set(lengths.values())) != 1 or not self.dim:
             raise ValueError(f"ZipformerConfig: one entry per stack is needed in each of these, but their lengths are {lengths}")
         for name in lengths:
@@ -258,5 +261,5 @@ def _last_stack_of_each_channel(outputs: list[Tensor]) -> Tensor:
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"ZipformerConfig: {name} is {value!r}, allowed are whole numbers >= {least}")
+    if value < least:
+        raise ValueError(f"ZipformerConfig: {name} is {value}, allowed are whole numbers >= {least}")

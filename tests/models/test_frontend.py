@@ -237,7 +237,7 @@ def test_bad_batches_are_refused_before_any_compute(name: str, audio: Tensor, le
         ({"channels": 0}, "channels is 0"),
         ({"layers": ()}, "layers is ()"),
         ({"layers": ((3, 0),)}, "layers is ((3, 0),)"),
-        ({"norm": "default"}, "norm is 'default', one of ('group', 'layer')"),
+        ({"norm": "default"}, "norm: is 'default', allowed are 'group', 'layer'"),
         ({"sample_rate": 0}, "sample_rate is 0"),
         ({"gradient_scale": -0.1}, "gradient_scale is -0.1"),
         ({"gradient_scale": float("nan")}, "gradient_scale is nan"),

@@ -193,15 +193,16 @@ class _NoQuestions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("encoder", [HubertConfig.tiny().encoder, TransformerConfig.tiny()])
-def test_forward_and_backward_never_wait_for_the_device(encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _tiny(encoder=encoder, masking=MaskingConfig(channel_probability=0.2), input_dropout=0.1)
-    batch = _batch(model, [9000, 9000])
+@pytest.mark.parametrize("lens", [[9000, 9000], [9000, 7000]])
+@pytest.mark.parametrize("name", _MODELS)
+def test_forward_and_backward_never_wait_for_the_device(name: str, lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _tiny(**_MODELS[name], masking=MaskingConfig(channel_probability=0.2), input_dropout=0.1)
+    batch = _batch(model, lens)
     monkeypatch.setattr(model, "check_batch", lambda batch: None)  # reads values of tensors on the CPU only
     monkeypatch.setattr(model, "_num_selected", lambda weights, most_masked: weights.shape[0] * most_masked)  # as off the CPU
     with pytest.raises(AssertionError, match="waits"), _NoQuestions():
         torch.ones(2)[torch.tensor([True, False])]
-    for seed in range(4):
+    for seed in range(2):
         model.clock.seed(seed)
         model.clock.advance(seed)
         with _NoQuestions():
@@ -244,6 +245,22 @@ def test_channel_masking_hides_whole_channels_only_where_frames_are_masked_too()
     model.encode(audio)
     hidden = (seen[0] == 0).all(dim=1).sum(dim=1)
     assert (hidden > 4).all() and hidden[0] == hidden[1] and not (seen[1] == 0).all(dim=1).any()
+
+
+def test_lengths_that_pad_nothing_make_no_padding_mask() -> None:
+    model = _tiny()
+    audio = torch.randn(2, 6000)
+    frames = model.frontend.num_frames(6000)
+    assert model.encode(audio, torch.tensor([6000, 6000])).padding_mask is None
+    mask = model.encode(audio, torch.tensor([6000, 5000])).padding_mask
+    assert mask is not None and (~mask).sum(dim=1).tolist() == [frames, model.frontend.num_frames(5000)]
+
+
+def test_under_autocast_what_layers_add_to_and_the_logits_are_float32() -> None:
+    model = _tiny()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        frames = model.encode(torch.randn(1, 6000)).output.frames
+        assert frames.dtype == model.heads[0](frames[0]).dtype == torch.float32
 
 
 def test_hidden_frames_are_replaced_by_the_mask_embedding() -> None:
@@ -344,6 +361,8 @@ def test_a_mask_of_another_shape_is_refused() -> None:
     model = _tiny()
     with pytest.raises(ValueError, match=r"mask has shape \(1, 3\) .* allowed is \(1, 18\)"):
         model(_batch(model, [6000]), torch.zeros(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"type torch\.float32, allowed is \(2, 18\) and torch\.bool"):
+        model.encode(torch.randn(2, 6000), mask=torch.zeros(2, 18))
 
 
 @pytest.mark.parametrize(

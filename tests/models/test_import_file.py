@@ -90,16 +90,18 @@ def test_what_holds_no_weights_is_refused_with_advice(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with pytest.raises(ValueError, match=r"x\.pt: no such file"):
         read_foreign_state(path)
+    with pytest.raises(ValueError, match="a folder, a file is needed"):
+        read_foreign_state(tmp_path)
     for content in (b"", b"some text"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.pt: cannot be read"):
             read_foreign_state(path)
     for wrong, message in (
-        ([1], r"x\.pt: holds a list"),
+        ([1], r"x\.pt: holds no dictionary"),
         ({}, r"entry 'model' holds no weights; entries that do: none"),
         ({"state_dict": STATE, "epoch": 1}, r"entry 'model' holds no weights; entries that do: state_dict"),
         ({"model": {**STATE, "n": 3}}, r"entry 'model' holds not only tensors: n \(int\).*torch\.save"),
-        (argparse.Namespace(model=STATE), r"holds a _Inert"),
+        (argparse.Namespace(model=STATE), r"x\.pt: holds no dictionary"),
     ):
         torch.save(wrong, path)
         with pytest.raises(ValueError, match=message):

@@ -349,6 +349,9 @@ def test_what_is_allowed_to_be_missing_or_left_over_is_reported_only() -> None:
         import_state_dict(model, tuned, "fairseq", allow_left_over=("proj.",))
     with pytest.raises(ValueError, match="allow_left_over"):
         import_state_dict(model, tuned, "fairseq", allow_missing=("heads.",))
+    for wrong in ({"allow_missing": "heads."}, {"allow_left_over": "proj."}, {"allow_missing": [""]}):
+        with pytest.raises(ValueError, match="a list of beginnings of names is needed"):
+            import_state_dict(model, tuned, "fairseq", **wrong)
     report = import_state_dict(model, tuned, "fairseq", allow_missing=("heads.",), allow_left_over=("proj.",))
     assert len(report.missing) == 3 and report.left_over == ("proj.weight",)
 

@@ -90,7 +90,7 @@ def test_a_new_stack_lets_the_audio_through() -> None:
         ({"frame_shift_ms": 10.01}, "frame_shift_ms is 10.01"),
         ({"mel_mean": math.inf}, "mel_mean is inf"),
         ({"mel_std": 0.0}, "mel_std is 0.0"),
-        ({"channels": (8, 32)}, "channels is (8, 32)"),
+        ({"channels": (8, 32)}, "channels: has 2 entries, 3 are needed"),
         ({"channels": (8, 0, 8)}, "channels is (8, 0, 8)"),
         ({"expansion": 0}, "expansion is 0"),
         ({"output_dim": 0}, "output_dim is 0"),

@@ -105,6 +105,8 @@ def test_the_average_is_taken_and_all_pairs_are_printed_if_asked_for(script: Mod
         (["in.pt", "out.pt", "--config", "model.json"], "lm_head.weight"),
         (["in.pt", "out.pt", "--config", "model.json", "--source", "icefall", *ALLOWED], "is the source huggingface?"),
         (["in.pt", "taken.pt", "--config", "model.json", *ALLOWED], "taken.pt exists; --force replaces it"),
+        (["in.pt", "in.pt", "--config", "model.json", "--force", *ALLOWED], "in.pt is the checkpoint itself"),
+        (["in.pt", ".", "--config", "model.json", "--force", *ALLOWED], "is a folder"),
         (["in.pt", "no/out.pt", "--config", "model.json", *ALLOWED], "no is not a folder"),
         (["in.pt", "out.pt", "--config", "bad.json", *ALLOWED], "bad.json: colour: unknown key"),
         (["in.pt", "out.pt", "--config", "none.toml", *ALLOWED], "none.toml"),
