@@ -25,6 +25,12 @@ _ONLY_SCALED_ADAM = (
     "size_update_period",
 )
 _ONLY_ADAMW = ("weight_decay", "max_grad_norm")
+_SCHEDULE_OPTIONS = {
+    "eden": ("lr_batches", "lr_epochs", "warmup_batches", "warmup_start"),
+    "eden2": ("lr_batches", "warmup_batches", "warmup_start"),
+    "tri_stage": ("warmup_batches", "max_batches", "phase_ratio", "hold_batches", "decay_batches", "init_scale", "final_scale"),
+    "polynomial": ("warmup_batches", "max_batches", "power", "end_scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Which learning-rate schedule, with what options; fields that the schedule does not have are not looked at.
+    """Which learning-rate schedule, with what options.
 
     Attributes:
         name: "eden", "eden2", "tri_stage" or "polynomial".
@@ -95,7 +101,7 @@ class ScheduleConfig:
         power, end_scale: exponent of the decay and factor on the rate at its end (polynomial).
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, an option that the schedule does not have, or a tri_stage whose decay has no length.
     """
 
     name: Literal["eden", "eden2", "tri_stage", "polynomial"] = "eden"
@@ -113,8 +119,13 @@ class ScheduleConfig:
     end_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in ("eden", "eden2", "tri_stage", "polynomial"):
-            raise ValueError(f"schedule: name is {self.name!r}, one of 'eden', 'eden2', 'tri_stage', 'polynomial' is needed")
+        if self.name not in _SCHEDULE_OPTIONS:
+            raise ValueError(f"schedule: name is {self.name!r}, one of {', '.join(map(repr, _SCHEDULE_OPTIONS))} is needed")
+        for option in fields(self)[1:]:
+            if option.name not in _SCHEDULE_OPTIONS[self.name] and getattr(self, option.name) != option.default:
+                raise ValueError(f"schedule: {option.name} is {getattr(self, option.name)}, but {self.name!r} has no such option")
+        if self.name == "tri_stage" and self.max_batches == self.decay_batches == 0:
+            raise ValueError("schedule: max_batches and decay_batches are both 0, the length of tri_stage must be given by one of them")
         build_schedule(self, torch.optim.SGD([torch.zeros(1)], lr=1.0))  # the schedules know what they accept
 
 

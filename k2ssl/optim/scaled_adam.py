@@ -162,6 +162,8 @@ class ScaledAdam(Optimizer):
         Raises:
             ValueError: parameters missing or unknown, or of another shape; nothing has been changed then.
         """
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"ScaledAdam.load_state_dict: keys are {sorted(state_dict)}, 'state' and 'param_groups' are needed")
         saved_groups = {frozenset(entry["params"]): entry for entry in state_dict["param_groups"]}
         _check_names(self.param_groups, saved_groups.keys())
         _check_shapes(self.param_groups, state_dict["state"])

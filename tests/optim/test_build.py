@@ -167,6 +167,8 @@ def test_every_schedule_can_be_built() -> None:
         ({"name": "tri_stage", "max_batches": -1.0}, "max_batches is -1.0"),
         ({"name": "tri_stage", "max_batches": 10.0, "phase_ratio": (0.5, 0.6, 0.1)}, "phase_ratio is"),
         ({"name": "polynomial"}, "max_batches is 0.0"),
+        ({"name": "tri_stage"}, "max_batches and decay_batches are both 0"),
+        ({"name": "eden2", "lr_epochs": 3.0}, "lr_epochs is 3.0, but 'eden2' has no such option"),
     ],
 )
 def test_bad_schedule_options_are_refused(options: dict[str, Any], message: str) -> None:
