@@ -38,8 +38,24 @@ run() {
 # Whether a stage is asked for; says so if it is.
 in_stages() {
     [ "$stage" -le "$1" ] && [ "$stop_stage" -ge "$1" ] || return 1
+    _ran_a_stage=true
     log "stage $1: $2"
 }
+
+# Refuse options that are not whole numbers: `need_whole_numbers steps seed` after `parse_options`.
+need_whole_numbers() {
+    local _name
+    for _name in "$@"; do
+        [[ ${!_name} =~ ^[0-9]+$ ]] || _refuse "--${_name//_/-} is ${!_name}, a whole number >= 0 is needed"
+    done
+}
+
+_ran_a_stage=true # until options are parsed: --help runs none
+_end() {
+    local status=$?
+    [ $status -ne 0 ] || $_ran_a_stage || _refuse "no stage lies from --stage $stage to --stop-stage $stop_stage"
+}
+trap _end EXIT
 
 parse_options() {
     local _name # underscored, or it would hide an option of that name
@@ -56,9 +72,9 @@ parse_options() {
         printf -v "$_name" %s "$2"
         shift 2
     done
-    for _name in stage stop_stage; do
-        [[ ${!_name} =~ ^[0-9]+$ ]] || _refuse "--${_name//_/-} is ${!_name}, a whole number >= 0 is needed"
-    done
+    need_whole_numbers stage stop_stage
+    [ "$stage" -le "$stop_stage" ] || _refuse "--stage $stage is after --stop-stage $stop_stage"
+    _ran_a_stage=false
 }
 
 _refuse() {

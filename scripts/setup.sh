@@ -17,6 +17,13 @@ stamp_name=.k2ssl-setup
 
 say() { echo "setup: $*" >&2; }
 
+if [ $# -gt 0 ]; then
+    sed -n '2,$ { /^#/!q; s/^# \{0,1\}//p; }' "${BASH_SOURCE[0]}" >&2
+    [ $# -eq 1 ] && [[ $1 == --help || $1 == -h ]] && exit 0
+    say "takes no arguments, not: $*"
+    exit 2
+fi
+
 fail() {
     say "$@"
     exit 1

@@ -81,12 +81,30 @@ def test_an_unknown_option_is_refused_with_the_known_ones(recipe: Path, options:
         (["--num-steps", "--dry-run"], "--num-steps needs a value"),
         (["7"], "7 is not an option"),
         (["--stage", "one"], "--stage is one, a whole number >= 0 is needed"),
+        (["--stage", "2", "--stop-stage", "1"], "--stage 2 is after --stop-stage 1"),
     ],
 )
 def test_malformed_options_are_refused_by_name(recipe: Path, options: list[str], message: str) -> None:
     done = shell("bash", recipe, *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
+
+
+def test_stages_that_do_not_exist_are_no_success(recipe: Path) -> None:
+    done = shell("bash", recipe, "--stage", "500")
+    assert done.returncode == 2 and "no stage lies from --stage 500 to --stop-stage 1000" in done.stderr
+
+
+@pytest.mark.parametrize("options", [("--steps", "abc"), ("--seed", "-1")])
+def test_the_quickstart_refuses_what_is_no_number_before_it_sets_anything_up(options: tuple[str, str], tmp_path: Path) -> None:
+    done = shell("bash", REPOSITORY / "recipes/quickstart/run.sh", *options, K2SSL_VENV=str(tmp_path / "none"))
+    assert done.returncode == 2 and f"{options[0]} is {options[1]}, a whole number" in done.stderr
+
+
+def test_set_up_takes_no_arguments() -> None:
+    asked, wrong = (shell("bash", REPOSITORY / "scripts/setup.sh", argument) for argument in ("--help", "now"))
+    assert (asked.returncode, asked.stdout) == (0, "") and "K2SSL_PYTHON" in asked.stderr
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "takes no arguments, not: now" in wrong.stderr
 
 
 def test_a_failing_stage_stops_the_recipe_and_says_where(recipe: Path) -> None:

@@ -10,6 +10,7 @@
 steps=200  # optimizer steps of stage 1
 seed=1  # of everything random in stage 1
 parse_options "$@"
+need_whole_numbers steps seed
 
 recipe=$(dirname "$recipe_script")
 
