@@ -4,6 +4,7 @@ Legend of shape letters, used everywhere:
     N  utterances in a batch          S  audio samples of the longest utterance
     T  frames                         C  channels (features, model width)
     H  attention heads                K  classes of a label set
+    L  labels of the longest utterance in one label set, on that set's own time grid
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ class PretrainBatch:
         labels: one (N, L) integer tensor per label set, on that set's own time grid.
         audio_lens: (N,) int64 sample counts, always on the CPU so that checking them never waits for a device;
             None means that nothing is padded.
+        ids: N utterance ids, for messages; empty where nobody keeps them.
     """
 
     audio: Tensor
     labels: tuple[Tensor, ...]
     audio_lens: Tensor | None = None
+    ids: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PretrainBatch:
         """The same batch on another device; `audio_lens` stays on the CPU."""
@@ -37,6 +40,58 @@ class PretrainBatch:
             audio=self.audio.to(device, non_blocking=non_blocking),
             labels=tuple(labels.to(device, non_blocking=non_blocking) for labels in self.labels),
         )
+
+    def pin_memory(self) -> PretrainBatch:
+        """The same batch in page-locked memory, from which `to` copies without waiting."""
+        return replace(self, audio=self.audio.pin_memory(), labels=tuple(labels.pin_memory() for labels in self.labels))
+
+
+@dataclass(frozen=True)
+class AsrBatch:
+    """Audio with transcripts.
+
+    Attributes:
+        audio: (N, S) float32 waveforms at the frontend's sample rate, zero-padded at the end.
+        audio_lens: (N,) int64 sample counts on the CPU; None means that nothing is padded.
+        texts: N transcripts, as they are in the manifest.
+        ids: N utterance ids.
+    """
+
+    audio: Tensor
+    audio_lens: Tensor | None
+    texts: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> AsrBatch:
+        """The same batch on another device; `audio_lens` stays on the CPU."""
+        return replace(self, audio=self.audio.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AsrBatch:
+        """The same batch in page-locked memory, from which `to` copies without waiting."""
+        return replace(self, audio=self.audio.pin_memory())
+
+
+@dataclass(frozen=True)
+class AudioBatch:
+    """Audio of whole utterances, nothing else: what features are computed from and labels are made for.
+
+    Attributes:
+        audio: (N, S) float32 waveforms, zero-padded at the end.
+        audio_lens: (N,) int64 sample counts on the CPU.
+        ids: N utterance ids.
+    """
+
+    audio: Tensor
+    audio_lens: Tensor
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> AudioBatch:
+        """The same batch on another device; `audio_lens` stays on the CPU."""
+        return replace(self, audio=self.audio.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AudioBatch:
+        """The same batch in page-locked memory, from which `to` copies without waiting."""
+        return replace(self, audio=self.audio.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ checkpoint holds the same "config" and "model" among its other keys, so it can b
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from k2ssl.atomic_file import save_atomically
 from k2ssl.models.hubert import HubertConfig, HubertModel
 from k2ssl.structure import from_dict, to_dict
 
@@ -25,21 +24,10 @@ def save_model(path: str | Path, model: HubertModel) -> None:
     """Write configuration and weights; the file appears under its name only when it is whole, and replaces an older one then.
 
     Raises:
-        OSError: the folder does not exist or cannot be written to.
+        OSError: the folder does not exist or cannot be written to, or the disk is full.
     """
-    path = Path(path)
     content = {"format": FORMAT, "version": VERSION, "config": to_dict(model.config), "model": model.state_dict()}
-    number, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(number, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets nobody else read it
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    save_atomically(path, content)
 
 
 def load_model(path: str | Path, map_location: torch.device | str = "cpu") -> HubertModel:
@@ -86,9 +74,3 @@ def load_failure(error: Exception) -> str:
         return repr(error)
     line = lines[-1] if lines[0].startswith("Weights only load failed") else lines[0]
     return f"{type(error).__name__}: {line.removeprefix('WeightsUnpickler error: ').partition('. Please use')[0]}"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

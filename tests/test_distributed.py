@@ -1,0 +1,121 @@
+"""Two real processes over gloo, and one alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from k2ssl import distributed
+
+
+def _entry(rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
+    with distributed.set_up("cpu", timeout_minutes=1.0):
+        function(*arguments)
+
+
+def spawn(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Run `function(*arguments)` on so many ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_entry, (world_size, port, function, arguments), world_size)
+
+
+def _exchange(folder: Path) -> None:
+    rank = distributed.rank()
+    result = {
+        "ranks": torch.tensor([rank, distributed.world_size(), distributed.is_main()]),
+        "sum": distributed.all_reduce_sum(torch.tensor([1.0, 10.0 * rank])),
+        "strided": distributed.all_reduce_sum(torch.full((3, 2), float(rank + 1)).T),
+        "broadcast": distributed.broadcast(torch.tensor([rank + 5]), src=1),
+        "rows": distributed.all_gather_rows(torch.full((rank * 2, 3), rank)),
+        "first": distributed.all_gather_rows(torch.arange(3 - rank * 2)),
+    }
+    in_place = torch.zeros(4, 3)[:, 1]  # not contiguous
+    in_place += 1
+    assert distributed.all_reduce_sum(in_place) is in_place
+    result["in_place"] = in_place
+    distributed.barrier()
+    torch.save(result, folder / f"{rank}.pt")
+
+
+def _fail_on_rank_1() -> None:
+    expected = (RuntimeError, "rank 1 failed") if distributed.rank() == 0 else (ValueError, "frame 7 is bad")
+    with pytest.raises(expected[0], match=expected[1]), distributed.failing_together():
+        if distributed.rank() == 1:
+            raise ValueError("frame 7 is bad")
+    with distributed.failing_together():
+        pass
+
+
+def _both(folder: Path) -> None:
+    _exchange(folder)
+    _fail_on_rank_1()
+
+
+def test_two_processes_exchange_sums_rows_and_failures(tmp_path: Path) -> None:
+    spawn(2, _both, tmp_path)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [result["ranks"].tolist() for result in results] == [[0, 2, 1], [1, 2, 0]]
+    for result in results:
+        assert result["sum"].tolist() == [2.0, 10.0]
+        assert result["strided"].tolist() == [[3.0] * 3] * 2
+        assert result["in_place"].tolist() == [2.0] * 4
+        assert result["broadcast"].tolist() == [6]
+        assert result["rows"].tolist() == [[1, 1, 1], [1, 1, 1]]
+        assert result["first"].tolist() == [0, 1, 2, 0]
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    x = torch.arange(3.0)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert all(function(x) is x for function in (distributed.all_reduce_sum, distributed.broadcast, distributed.all_gather_rows))
+    distributed.barrier()
+    with pytest.raises(KeyError), distributed.failing_together():
+        raise KeyError("x")
+
+
+def test_set_up_joins_nothing_in_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with distributed.set_up() as device:
+        assert device == torch.device("cpu")
+        assert not torch.distributed.is_initialized()
+    for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with distributed.set_up():
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": None}, "WORLD_SIZE is set but RANK is not"),
+        ({"RANK": "first"}, "RANK is 'first', a whole number is needed"),
+        ({"RANK": "2"}, "RANK is 2, less than WORLD_SIZE 2 is needed"),
+    ],
+)
+def test_a_broken_environment_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], message: str) -> None:
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**whole, **change}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message), distributed.set_up():
+        pass
+
+
+def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    number = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=f"device is cuda:{number}, but this machine shows {number}"), distributed.set_up(f"cuda:{number}"):
+        pass
