@@ -1,0 +1,1 @@
+"""From audio on disk to batches, on lhotse; knows nothing of models."""

@@ -1,0 +1,119 @@
+"""Which cuts make a batch: lhotse's bucketing sampler, dealt to the ranks in whole rounds."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset.sampling.base import TimeConstraint
+from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketingSampler, estimate_duration_buckets
+
+from k2ssl.data.stable_hash import stable_hash
+
+_BIN_RATIO = 1.15  # between neighbouring bucket limits that are set, not estimated: padding is at most this
+_SHORTEST_BIN = 1.0  # seconds
+
+
+@dataclass
+class BatchSeconds(TimeConstraint):
+    """lhotse's limit on the duration of a batch, where a cut counts as `length(its duration)` seconds.
+
+    A batch of one cut is never too long: what is longer than a batch goes alone.
+    """
+
+    length: Callable[[float], float] = float
+
+    def measure_length(self, example: Cut) -> float:
+        return self.length(example.duration)
+
+    def add(self, example: Cut) -> None:
+        length = self.length(example.duration)
+        if self.quadratic_duration is not None:
+            length += length**2 / self.quadratic_duration
+        self.current += length
+        self.longest_seen: int | float = max(self.longest_seen, length)
+        self.num_cuts += 1
+
+    def exceeded(self) -> bool:
+        return self.num_cuts > 1 and super().exceeded()
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """Counts a cut as at most `max_seconds`: the rest is cropped away."""
+
+    max_seconds: float
+
+    def __call__(self, duration: float) -> float:
+        return min(duration, self.max_seconds)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Counts a cut as the upper limit of its bucket, the longest that it can be padded to.
+
+    lhotse closes a batch after a cut that made it too long; counted like this no batch is, unless it is a cut alone.
+    """
+
+    bins: tuple[float, ...]
+
+    def __call__(self, duration: float) -> float:
+        bucket = bisect_left(self.bins, duration)
+        return self.bins[bucket] if bucket < len(self.bins) else duration
+
+
+class RoundSampler(DynamicBucketingSampler):
+    """lhotse's sampler, which draws as many batches as there are ranks for every round and gives each rank its own.
+
+    Every rank iterates the same cuts with the same seed. lhotse deals the cuts of an incomplete last round anew, duplicating some; here it
+    is dropped, or with `drop_incomplete=False` dealt to the first ranks.
+
+    Attributes:
+        dropped: cuts of the incomplete last round, known at the end.
+        digest: checksum of the ids of all rounds so far, the same on all ranks; tells cut sets apart when a state is restored.
+    """
+
+    def __init__(self, cuts: Iterable[Cut], *, drop_incomplete: bool, **arguments: object) -> None:
+        super().__init__(cuts, **arguments)
+        self.drop_incomplete = drop_incomplete
+        self.dropped = 0
+        self.digest = 0
+
+    def __iter__(self) -> RoundSampler:
+        self.dropped = self.digest = 0
+        super().__iter__()
+        return self
+
+    def __next__(self) -> CutSet:
+        dealt = list(islice(self.cuts_iter, self.world_size))
+        self.digest = stable_hash(self.digest, *(cut.id for batch in dealt for cut in batch))
+        if len(dealt) < self.world_size and self.drop_incomplete:
+            self.dropped = sum(len(batch) for batch in dealt)
+            raise StopIteration
+        if self.rank >= len(dealt):
+            raise StopIteration
+        return dealt[self.rank]
+
+
+def estimated_bins(cuts: Iterable[Cut], num_buckets: int, length: Callable[[float], float], num_cuts: int) -> list[float]:
+    """Limits between at most `num_buckets` buckets of equal total duration, judged by the first `num_cuts` cuts. Seconds, ascending."""
+    sample = list(islice(cuts, num_cuts))
+    num_buckets = min(num_buckets, len(sample))
+    if num_buckets < 2:
+        return []
+    bins = estimate_duration_buckets(sample, num_buckets, BatchSeconds(length=length))
+    return sorted({float(limit) for limit in bins})  # many cuts of exactly the longest length give the same limit several times
+
+
+def even_bins(max_duration: float, first: Sequence[float] = ()) -> tuple[float, ...]:
+    """Limits that go on from `first` at a fixed ratio up to half of `max_duration`, beyond which every cut is a batch alone."""
+    bins = [limit for limit in first if limit < max_duration / 2]
+    limit = bins[-1] * _BIN_RATIO if bins else _SHORTEST_BIN
+    while limit < max_duration / 2:
+        bins.append(limit)
+        limit *= _BIN_RATIO
+    return (*bins, max_duration / 2)

@@ -1,0 +1,131 @@
+"""Utterances arrive whole, with their own transcripts; those without one are left out and counted."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.cut import MonoCut
+
+from k2ssl.batch import AsrBatch
+from k2ssl.data.asr_dataset import AsrDataset
+from k2ssl.data.audio import read_utterance
+from k2ssl.data.audio_dataset import Request
+from k2ssl.data.intake import Intake, transcript
+from k2ssl.data.loader import asr_loader
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    path = tmp_path_factory.mktemp("asr") / "noise.flac"
+    soundfile.write(path, np.random.default_rng(0).normal(0.01, 0.1, 10 * RATE).clip(-1, 1), RATE, subtype="PCM_16")
+    return Recording.from_file(path)
+
+
+def utterance(recording: Recording, name: str, seconds: float, *texts: str | None) -> MonoCut:
+    cut = MonoCut(name, start=0.5, duration=seconds, channel=0, recording=recording)
+    cut.supervisions = [SupervisionSegment(f"{name}-{i}", recording.id, float(i), 1.0, text=text) for i, text in enumerate(texts)]
+    return cut
+
+
+def batch_of(cuts: list[MonoCut], **options: Any) -> AsrBatch:
+    loaded = AsrDataset(**options)[Request(0, tuple(cuts))]
+    assert loaded.batch is not None and not loaded.failures
+    return loaded.batch
+
+
+def test_audio_is_padded_and_stays_with_its_text(recording: Recording) -> None:
+    cuts = [utterance(recording, "a", 1.0, "ONE"), utterance(recording, "b", 2.5, "TWO THREE"), utterance(recording, "c", 0.03, "X")]
+    batch = batch_of(cuts)
+    assert batch.ids == ("a", "b", "c") and batch.texts == ("ONE", "TWO THREE", "X")
+    assert batch.audio_lens is not None and batch.audio_lens.tolist() == [16000, 40000, 480] and batch.audio_lens.dtype == torch.int64
+    for row, length, cut in zip(batch.audio, batch.audio_lens.tolist(), cuts, strict=True):
+        assert np.array_equal(row[:length].numpy(), read_utterance(cut, normalize=False)) and not row[length:].any()
+    moved = batch.to("cpu")
+    assert torch.equal(moved.audio, batch.audio) and moved.audio_lens is batch.audio_lens and moved.texts == batch.texts
+
+
+def test_nothing_padded_means_no_lengths(recording: Recording) -> None:
+    assert batch_of([utterance(recording, name, 1.0, "A") for name in "ab"]).audio_lens is None
+
+
+def test_each_utterance_is_normalised_without_its_padding(recording: Recording) -> None:
+    cuts = [utterance(recording, "a", 0.5, "A"), utterance(recording, "b", 2.0, "B")]
+    plain, ours = batch_of(cuts), batch_of(cuts, normalize=True)
+    for row, samples in ((0, 8000), (1, 32000)):
+        expected = F.layer_norm(plain.audio[row, :samples].double(), (samples,))
+        assert (ours.audio[row, :samples] - expected).abs().max() < 1e-5 and not ours.audio[row, samples:].any()
+
+
+@given(texts=st.lists(st.one_of(st.none(), st.text(alphabet=" \t\nABÉ'", max_size=5)), max_size=4))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_transcript_is_empty_exactly_when_no_supervision_says_anything(recording: Recording, texts: list[str | None]) -> None:
+    cut = utterance(recording, "a", 5.0, *texts)
+    words = [word for text in texts if text for word in text.split()]
+    assert transcript(cut).split() == words
+    intake = Intake(RATE, need_text=True)
+    assert [each.id for each in intake([cut])] == (["a"] if words else [])
+    assert intake.excluded == ({} if words else {"with an empty transcript": 1})
+
+
+def test_supervisions_are_joined_in_order_of_time(recording: Recording) -> None:
+    cut = utterance(recording, "a", 5.0, "ONE", " TWO ", None, "THREE")
+    cut.supervisions.reverse()
+    assert transcript(cut) == "ONE TWO THREE"
+
+
+def corpus(recording: Recording) -> CutSet:
+    texts: list[tuple[str | None, ...]] = [("HELLO",), ("",), ("  ",), (None,), (), ("A", "B")]
+    return CutSet.from_cuts(utterance(recording, f"u{i}", 1 + i % 7, *texts[i % 6]) for i in range(60))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_empty_transcripts_are_left_out_and_counted(recording: Recording, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    loader = asr_loader(corpus(recording), max_duration=20.0, num_workers=workers, num_buckets=3, max_seconds=6.5)
+    with caplog.at_level(logging.INFO):
+        batches = list(loader)
+    seen = {name: text for batch in batches for name, text in zip(batch.ids, batch.texts, strict=True)}
+    expected = {f"u{i}": "HELLO" if i % 6 == 0 else "A B" for i in range(60) if i % 6 in (0, 5) and i % 7 != 6}
+    assert seen == expected and sum(len(batch.ids) for batch in batches) == len(expected)
+    assert loader.excluded == {
+        "with an empty transcript": 40 - sum(i % 7 == 6 for i in range(60) if i % 6 in (1, 2, 3, 4)),
+        "longer than 6.5 s": 8,
+    }
+    assert "with an empty transcript" in caplog.text and "longer than 6.5 s" in caplog.text
+    assert all(batch.audio.numel() <= 20 * RATE for batch in batches), "padding included"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_training_gives_ranks_equally_many_batches_and_decoding_every_utterance(recording: Recording, world_size: int) -> None:
+    def batches(drop_incomplete: bool) -> list[list[AsrBatch]]:
+        options: dict[str, Any] = {"max_duration": 9.0, "num_buckets": 3, "world_size": world_size, "drop_incomplete": drop_incomplete}
+        return [list(asr_loader(corpus(recording), rank=rank, shuffle=drop_incomplete, **options)) for rank in range(world_size)]
+
+    assert len({len(of_rank) for of_rank in batches(True)}) == 1
+    ids = [name for of_rank in batches(False) for batch in of_rank for name in batch.ids]
+    assert sorted(ids) == sorted(f"u{i}" for i in range(60) if i % 6 in (0, 5))
+
+
+def test_an_interrupted_epoch_goes_on_with_the_same_batches(recording: Recording, tmp_path: Path) -> None:
+    def loader(**options: Any) -> Any:
+        return asr_loader(corpus(recording), max_duration=9.0, num_buckets=2, seed=4, **options)
+
+    straight = list(loader())
+    interrupted, resumed = loader(num_workers=2), loader()
+    batches = iter(interrupted)
+    before = [next(batches) for _ in range(3)]
+    resumed.load_state_dict(interrupted.state_dict())
+    again = before + list(resumed)
+    assert len(straight) > 4 and [batch.ids for batch in again] == [batch.ids for batch in straight]
+    assert all(torch.equal(ours.audio, theirs.audio) for ours, theirs in zip(again, straight, strict=True))
