@@ -1,0 +1,142 @@
+"""Cluster centres: assigning labels with them, and the file they are kept in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2ssl.atomic_file import save_atomically
+from k2ssl.labelling.features import Scalar
+from k2ssl.labelling.nearest import Centres
+
+FORMAT = "k2ssl-kmeans"
+VERSION = 1
+
+
+class KMeans:
+    """K centres of D-dimensional frames.
+
+    Args:
+        centroids: (K, D), finite; kept as float32 on the CPU.
+        description: plain values that name the features the centres were fitted to (`FeatureFunction.description`).
+
+    Raises:
+        ValueError: a wrong shape, or a centre that is not finite, named by its number.
+    """
+
+    def __init__(self, centroids: Tensor, description: Mapping[str, Scalar] | None = None) -> None:
+        if centroids.dim() != 2 or 0 in centroids.shape:
+            raise ValueError(f"KMeans: centroids have shape {tuple(centroids.shape)}, (clusters >= 1, dimensions >= 1) is needed")
+        bad = (~centroids.isfinite()).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"KMeans: centroids {bad[:10]} are not finite")
+        self.centroids = centroids.detach().to("cpu", torch.float32).clone()
+        self.description: dict[str, Scalar] = dict(description or {})
+        self._ready: dict[torch.device, Centres] = {}
+
+    @property
+    def num_clusters(self) -> int:
+        return self.centroids.shape[0]
+
+    @property
+    def dim(self) -> int:
+        return self.centroids.shape[1]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the centres and the description, whatever file they are in."""
+        header = {"shape": list(self.centroids.shape), "description": self.description}
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        digest.update(self.centroids.numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def assign(self, features: Tensor) -> Tensor:
+        """(F, D) to (F,) int64 on the same device: the number of the nearest centre exactly as float64 has it, the lowest of equals.
+
+        Raises:
+            ValueError: a wrong shape, or frames that are not finite, the first one named.
+        """
+        features = self._checked(features)
+        return self._centres(features.device).nearest(features, exact=True)
+
+    def inertia(self, features: Tensor) -> float:
+        """Mean over frames of the squared distance to the nearest centre; `features` (F >= 1, D) and errors as for `assign`."""
+        features = self._checked(features)
+        if not len(features):
+            raise ValueError("KMeans: the inertia of no frames is undefined, at least 1 is needed")
+        centres = self._centres(features.device)
+        return centres.squared_distances(features, centres.nearest(features, exact=True)).double().mean().item()
+
+    def save(self, path: str | Path) -> None:
+        """Write the centres; the file appears under its name only when it is whole, and replaces an older one then.
+
+        Raises:
+            OSError: the folder does not exist or cannot be written to.
+        """
+        content = {"format": FORMAT, "version": VERSION, "centroids": self.centroids, "description": self.description}
+        save_atomically(path, {**content, "sha256": self.sha256})
+
+    @classmethod
+    def load(cls, path: str | Path) -> KMeans:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, is not one of ours, was written by a later version, or was altered.
+        """
+        content = read_checked(path, FORMAT, VERSION, ("centroids", "description", "sha256"))
+        model = cls(content["centroids"], content["description"])
+        if model.sha256 != content["sha256"]:
+            raise ValueError(f"{path}: the centres have sha256 {model.sha256}, the file says {content['sha256']}: it was altered")
+        return model
+
+    def _centres(self, device: torch.device) -> Centres:
+        if device not in self._ready:
+            self._ready[device] = Centres(self.centroids.to(device))
+        return self._ready[device]
+
+    def _checked(self, features: Tensor) -> Tensor:
+        if features.dim() != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"KMeans: features have shape {tuple(features.shape)}, (frames, {self.dim}) is needed")
+        check_finite(features, "features")
+        return features.float()
+
+
+def check_finite(features: Tensor, what: str) -> None:
+    """Refuse frames with NaN or infinite values; waits for the device.
+
+    Raises:
+        ValueError: names the first such frame, the dimension and the value.
+    """
+    finite = features.isfinite()
+    if not finite.all():
+        frame, dimension = (~finite).nonzero()[0].tolist()
+        value = features[frame, dimension].item()
+        raise ValueError(f"{what}: frame {frame} has the value {value} in dimension {dimension}, finite values are needed")
+
+
+def read_checked(path: str | Path, kind: str, version: int, keys: tuple[str, ...]) -> Mapping[str, Any]:
+    """The content of a file that `save_atomically` wrote with {"format": kind, "version": version} and `keys`.
+
+    Raises:
+        ValueError: unreadable, another format or version, or a missing key.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch.load raises depends on the file's first bytes
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read: {type(error).__name__}: {reason}") from error
+    if not isinstance(content, Mapping) or content.get("format") != kind:
+        found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"{path}: format is {found!r}, {kind!r} is needed")
+    if content.get("version") != version:
+        raise ValueError(f"{path}: version is {content.get('version')!r}, this release reads version {version}")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ValueError(f"{path}: lacks {', '.join(missing)}")
+    return content
