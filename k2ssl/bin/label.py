@@ -1,0 +1,262 @@
+"""Label audio with k-means centres: one class for every frame of every cut.
+
+    python -m k2ssl.bin.label --kmeans kmeans.pt --cuts cuts_train.jsonl.gz --output labels/train
+    torchrun --nproc-per-node 8 -m k2ssl.bin.label --kmeans layer6.pt --checkpoint model.pt --cuts cuts_train.jsonl.gz --output labels/train
+
+Features are computed as the k-means file says. Every process writes a shard; when all are there they become a label store, whose quality
+is measured: a table is printed, and quality.json and quality.png lie in OUTPUT. An interrupted run goes on where it was when the
+same command is given again, with as many processes; a finished one is only measured again. Exit status: 0 done, 1 the run failed, 2 wrong
+usage or settings, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from k2ssl import __version__, distributed
+from k2ssl.atomic_file import atomic_file, writable_folder
+from k2ssl.bin.cluster_features import Chained, CutLists, LoaderConfig, choose_device, features_of, peak_memory
+from k2ssl.bin.program import run_program
+from k2ssl.bin.progress import AudioProgress
+from k2ssl.bin.quality_report import CompareConfig, Comparison, measure_store, open_comparison, write_report
+from k2ssl.config import dump
+from k2ssl.labelling.assign import LabelledBatch, label_batches
+from k2ssl.labelling.features import FeatureFunction
+from k2ssl.labelling.kmeans_model import KMeans
+
+if TYPE_CHECKING:  # slow to import, and not needed to show --help
+    from lhotse.cut import Cut
+
+    from k2ssl.data.labels import LabelShardWriter, Lineage
+
+_log = logging.getLogger(__name__)
+
+_COMMIT_EVERY = 300.0  # seconds; the writer itself only knows how many labels there are, and a large model on a CPU is slow
+_CONTRACT = "contract.json"
+_OF_A_STORE = ("labels-*", "index.npy", "buckets.npy", "quality.json", "quality.png", "settings.json", "skipped-*.tsv")
+
+
+@dataclass(frozen=True)
+class Label:
+    """Settings of the program.
+
+    Attributes:
+        kmeans: file that `k2ssl.bin.fit_kmeans` wrote.
+        cuts: manifests of the audio to label (.jsonl.gz).
+        output: folder for the labels; the name of the split, as a rule.
+        checkpoint: model file, for centres of hidden states; the one they were fitted with.
+        max_skipped: share of the cuts that may be left without labels because their audio cannot be read or is too short; they are
+            listed in OUTPUT. With more than that the run fails, and goes on when it is repeated.
+        compare: what the labels are held against when they are done.
+        loader: how audio is read.
+        device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
+        overwrite: remove labels that are in OUTPUT already.
+        quiet: plain lines instead of a progress bar, for logs.
+    """
+
+    kmeans: str
+    cuts: tuple[str, ...]
+    output: str
+    checkpoint: str | None = None
+    max_skipped: float = 0.01
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    device: str = "auto"
+    overwrite: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"Label: max_skipped is {self.max_skipped}, allowed is a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class CutTotals:
+    """What a pass over the manifests tells: the hash of the cut list, how many cuts, how many seconds."""
+
+    cuts_sha256: str
+    num_cuts: int
+    seconds: float
+
+
+def label(job: Label) -> None:
+    """Do the job on this rank."""
+    kmeans = KMeans.load(job.kmeans)
+    output = Path(job.output)
+    started = time.monotonic()
+    with distributed.set_up(choose_device(job.device)) as device:
+        features = features_of(kmeans, job.checkpoint, device, job.kmeans)
+        cuts = Chained(CutLists(job.cuts).open())
+        with distributed.failing_together():
+            if distributed.is_main():
+                _make_room(output, job.overwrite)
+                compare = open_comparison(job.compare)
+        totals = count_cuts(cuts)
+        label_shard(job, kmeans, features, device, cuts, totals)
+        distributed.barrier()
+        if distributed.is_main():
+            finish(job, totals, compare)
+            print(f"{time.monotonic() - started:.1f} s in all, peak memory {peak_memory(device)}")
+
+
+def count_cuts(cuts: Chained) -> CutTotals:
+    """Read the manifests through once."""
+    from k2ssl.data.labels import cut_list_hash
+
+    num_cuts, seconds = 0, 0.0
+
+    def counted() -> Iterator[Cut]:
+        nonlocal num_cuts, seconds
+        for cut in cuts:
+            num_cuts, seconds = num_cuts + 1, seconds + cut.duration
+            yield cut
+
+    cuts_sha256 = cut_list_hash(counted())
+    return CutTotals(cuts_sha256, num_cuts, seconds)
+
+
+def label_shard(job: Label, kmeans: KMeans, features: FeatureFunction, device: torch.device, cuts: Chained, totals: CutTotals) -> None:
+    """Label this rank's cuts, and list in OUTPUT those that got no labels, with the reason.
+
+    Cuts are dealt out by their number in the manifests, so that what is left after an interruption does not change hands.
+    """
+    from k2ssl.data.labels import LabelShardWriter
+    from k2ssl.data.loader import audio_loader
+
+    rank, ranks = distributed.rank(), distributed.world_size()
+    lineage = lineage_of(kmeans, features, totals)
+    with LabelShardWriter(
+        job.output, rank, ranks, kmeans.num_clusters, features.frame_rate, lineage, sampling_rate=features.sample_rate
+    ) as writer:
+        if writer.finished:
+            _log.info("labels in %s are complete already", writer.folder / writer.stem)
+            return
+        done = writer.done_ids()
+        if len(done):
+            _log.info("%d cuts are labelled already", len(done))
+        skipped: dict[str, str] = {}
+        loader = audio_loader(
+            Chained(cuts.lists, rank, ranks, done),
+            max_duration=job.loader.max_duration,
+            sample_rate=features.sample_rate,
+            num_workers=job.loader.num_workers,
+            on_error=skipped.__setitem__,
+        )
+        left = max(0.0, 1 - len(done) * ranks / totals.num_cuts)
+        batches = label_batches(loader, features, kmeans, device)
+        with AudioProgress("label", totals.seconds * left, quiet=job.quiet, silent=not distributed.is_main()) as progress:
+            _write(batches, writer, skipped, lambda seconds: progress.add(seconds * ranks))  # the other ranks are as far as this one
+        listed = Path(job.output) / f"skipped-{rank:05d}-of-{ranks:05d}.tsv"
+        _list_skipped(listed, skipped)
+        share = len(skipped) * ranks / totals.num_cuts
+        if share > job.max_skipped:
+            writer.commit()
+            cut_id, reason = next(iter(skipped.items()))
+            raise ValueError(
+                f"{len(skipped)} cuts ({share:.1%}) cannot be labelled, max_skipped is {job.max_skipped:.1%}: see {listed}; the first is "
+                f"{cut_id}: {reason}"
+            )
+
+
+def _write(batches: Iterator[LabelledBatch], writer: LabelShardWriter, skipped: dict[str, str], done: Callable[[float], None]) -> None:
+    """Write the labels of all batches, and see to it that little is lost when the program is interrupted."""
+    committed = time.monotonic()
+    try:
+        for batch in batches:
+            for cut_id, labels in zip(batch.ids, batch.labels, strict=True):
+                if len(labels):
+                    writer.write(cut_id, labels)
+                else:
+                    skipped[cut_id] = "too short for a label"
+            done(batch.seconds)
+            if time.monotonic() - committed > _COMMIT_EVERY:
+                writer.commit()
+                committed = time.monotonic()
+    except KeyboardInterrupt:
+        writer.commit()
+        raise
+
+
+def lineage_of(kmeans: KMeans, features: FeatureFunction, totals: CutTotals) -> Lineage:
+    """Where the labels come from."""
+    from k2ssl.data.labels import Lineage
+
+    settings = dict(features.description)
+    checkpoint_sha256 = settings.pop("checkpoint_sha256", None)
+    return Lineage(
+        features=str(settings.pop("features")),
+        settings={**settings, "num_clusters": kmeans.num_clusters},
+        kmeans_sha256=kmeans.sha256,
+        checkpoint_sha256=None if checkpoint_sha256 is None else str(checkpoint_sha256),
+        cuts_sha256=totals.cuts_sha256,
+        versions={
+            "k2ssl": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "lhotse", "numpy")},
+        },
+    )
+
+
+def finish(job: Label, totals: CutTotals, compare: Comparison) -> None:
+    """Make the shards a store, measure it and print what it is like.
+
+    Raises:
+        ValueError: see `merge_shards`; or some cuts have neither labels nor a reason.
+    """
+    from k2ssl.data.labels import merge_shards
+
+    output = Path(job.output)
+    store = merge_shards(output)
+    skipped = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in output.glob("skipped-*.tsv"))
+    if len(store) + skipped != totals.num_cuts:
+        raise ValueError(
+            f"{output}: of {totals.num_cuts} cuts {len(store)} are labelled and {skipped} skipped; label anew with --overwrite True"
+        )
+    with atomic_file(output / "settings.json") as file:
+        file.write(dump(job).encode())
+    quality = measure_store(store, compare, job.quiet)
+    write_report(quality, store, job.compare, output / "quality.json")
+    print(quality.table())
+    print(f"report      {output / 'quality.json'} and quality.png")
+    if skipped:
+        print(f"{skipped} of {totals.num_cuts} cuts have no labels: see {output}/skipped-*.tsv")
+
+
+def _list_skipped(path: Path, skipped: dict[str, str]) -> None:
+    if skipped:
+        with atomic_file(path) as file:
+            file.writelines(f"{cut_id}\t{' '.join(reason.split())}\n".encode() for cut_id, reason in skipped.items())
+    else:
+        path.unlink(missing_ok=True)  # what could not be read before an interruption now could
+
+
+def _make_room(output: Path, overwrite: bool) -> None:
+    """Make the folder; with `overwrite` without labels in it, the contract being removed first.
+
+    Raises:
+        ValueError: it holds something other than labels, or cannot be written to.
+    """
+    ours = [path for pattern in (_CONTRACT, *_OF_A_STORE) for path in sorted(output.glob(pattern))]
+    if output.is_dir() and not ours and any(output.iterdir()):
+        raise ValueError(f"{output} holds other files and no labels: name a folder for labels alone")
+    for path in ours if overwrite else ():
+        path.unlink()
+    writable_folder(output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(label, Label, sys.argv[1:] if argv is None else argv, "label", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

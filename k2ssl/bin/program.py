@@ -1,0 +1,63 @@
+"""What all programs share: settings in, one clear line when something is wrong, an exit status that scripts can trust.
+
+Exit status: 0 done, 1 the run failed, 2 wrong usage or settings (nothing was touched), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from k2ssl.config import ConfigError, load
+
+Config = TypeVar("Config")
+
+# Errors of libraries and of other ranks whose messages are for people, by name: importing their owners would slow --help down.
+_FOR_PEOPLE = ("AudioLoadingError", "DurationMismatchError", "LibsndfileError", "OutOfMemoryError", "OtherRankError")
+
+
+def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequence[str], program: str, description: str) -> int:
+    """Load settings of dataclass `cls`, call `main` with them; returns the exit status.
+
+    An error for people (`ValueError`, `OSError`, unreadable audio, no memory on the device) becomes one line on standard error. Any other
+    is a mistake of ours: it passes, with its traceback.
+    """
+    _log_to_stderr()
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    try:
+        main(load(cls, argv, program=f"python -m k2ssl.bin.{program}", description=description))
+    except ConfigError as error:
+        print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}{rank}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE:
+            raise
+        print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _log_to_stderr() -> None:
+    """Remarks of the library as plain lines, once for all ranks; in a terminal they take the place of a progress bar's line."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format=f"{clear}%(message)s", stream=sys.stderr)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, without the traceback that a loader's worker process packs into it."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        hint = "; make room and run the same command again" if error.errno == errno.ENOSPC else ""
+        return f"{place}{error.strerror}{hint}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "Original Traceback (most recent call last):" in lines:
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return " ".join(lines) or repr(error)

@@ -1,0 +1,87 @@
+"""The folder recipe's label.sh: from a folder of sounds to labels and a report in one command, idempotent, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "folder" / "label.sh"
+
+
+def label(*options: str | Path, python: str = str(Path(sys.executable).parents[1])) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "K2SSL_VENV": python, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", SCRIPT, *map(str, options)], capture_output=True, text=True, env=environment)
+
+
+def test_one_command_leads_from_sounds_to_a_report_and_the_next_skips_what_is_there(tmp_path: Path) -> None:
+    audio = tmp_path / "my sounds"
+    audio.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(4):
+        soundfile.write(audio / f"{i}.flac", 0.1 * draw.standard_normal(16000 + 3000 * i), 16000)
+    options = ["--audio-dir", audio, "--out", tmp_path / "exp", "--num-clusters", "4", "--max-batches", "2", "--num-workers", "0"]
+    options += ["--device", "cpu", "--quiet", "True"]
+    done = label(*options)
+    assert done.returncode == 0, done.stderr
+    assert "hours" in done.stdout and "perplexity" in done.stdout
+    labels = tmp_path / "exp" / "labels" / "my sounds"
+    assert json.loads((labels / "quality.json").read_text())["usage"]["num_utterances"] == 4
+    results = [tmp_path / "exp" / "cuts" / "cuts_my sounds.jsonl.gz", tmp_path / "exp" / "kmeans.pt"]
+    before = [path.stat().st_mtime_ns for path in results]
+    again = label(*options, "--stop-stage", "2")
+    assert again.returncode == 0, again.stderr
+    assert "kmeans.pt is there already" in again.stderr
+    assert [path.stat().st_mtime_ns for path in results] == before
+
+
+def test_a_dry_run_shows_every_command_and_does_nothing(tmp_path: Path) -> None:
+    options = [
+        "--audio-dir",
+        "data/one,data/two",
+        "--out",
+        tmp_path / "exp",
+        "--dry-run",
+        "--num-processes",
+        "8",
+        "--previous",
+        "old/labels",
+    ]
+    done = label(*options, "--features", "layer6", "--checkpoint", "model.pt")
+    assert done.returncode == 0, done.stderr
+    commands = done.stdout.splitlines()
+    assert [command.split()[1].split("/")[-1] for command in commands[:2]] == ["prepare_cuts.py"] * 2
+    assert len(commands) == 5 and all("--nproc-per-node 8 -m k2ssl.bin." in command for command in commands[2:])
+    assert "--features.checkpoint model.pt --features.layer 6" in commands[2] and "cuts_one.jsonl.gz" in commands[2]
+    assert "cuts_two.jsonl.gz" in commands[2]
+    assert "--checkpoint model.pt --compare.previous old/labels/two" in commands[4]
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--audio-dir is missing"),
+        (["--audio-dir", "a/x,b/x"], "two folders called x"),
+        (["--audio-dir", "a", "--features", "layer6"], "needs --checkpoint"),
+        (["--audio-dir", "a", "--features", "fbank"], "mfcc, layerN and stackN are known"),
+        (["--audio-dir", "a", "--checkpoint", "m.pt"], "of no use with --features mfcc"),
+        (["--audio-dir", "a", "--clusters", "5"], "unknown option --clusters"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(options: list[str], message: str) -> None:
+    done = label(*options, "--dry-run")
+    assert done.returncode == 2
+    assert message in done.stderr and not done.stdout
+
+
+def test_without_an_environment_it_says_what_to_do(tmp_path: Path) -> None:
+    done = label("--audio-dir", tmp_path, "--out", tmp_path / "exp", python=str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert "run scripts/setup.sh first" in done.stderr and not (tmp_path / "exp").exists()
