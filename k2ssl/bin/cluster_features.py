@@ -101,6 +101,10 @@ class CutLists:
         return None if None in hours else 3600 * sum(hours)  # type: ignore[arg-type]
 
 
+# How long one process waits for another. Their shares of a long labelling end hours apart; one that died is noticed by its launcher.
+PATIENCE_MINUTES = 7 * 24 * 60.0
+
+
 @dataclass(frozen=True)
 class Chained:
     """Several lists as one, which can be iterated over again; of them every `num_parts`-th cut from cut `part` on that is not `done`."""
@@ -129,6 +133,8 @@ def choose_device(name: str) -> str:
         kind = torch.device(name).type
     except RuntimeError as error:
         raise ValueError(f"device is {name!r}, allowed are auto, cpu, cuda and cuda:NUMBER") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}, allowed are auto, cpu, cuda and cuda:NUMBER")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but there is no CUDA device here")
     return name

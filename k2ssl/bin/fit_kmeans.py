@@ -10,6 +10,7 @@ again. Exit status: 0 done, 1 the run failed, 2 wrong usage or settings, 130 int
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -17,11 +18,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from k2ssl import distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_features import Chained, CutLists, HiddenConfig, LoaderConfig, build_features, choose_device, peak_memory
+from k2ssl.bin.cluster_features import (
+    PATIENCE_MINUTES,
+    Chained,
+    CutLists,
+    HiddenConfig,
+    LoaderConfig,
+    build_features,
+    choose_device,
+    peak_memory,
+)
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.config import dump
@@ -44,8 +55,11 @@ class FitKMeans:
         features: what to cluster.
         kmeans: how.
         loader: how audio is read.
+        max_skipped: share of the cuts that may be left out because their audio cannot be read; they are listed beside OUTPUT. With
+            more than that no centres are written.
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
         overwrite: replace OUTPUT if it exists.
+        skip_finished: if OUTPUT exists and the same settings led to it, do nothing; other settings are refused.
         quiet: plain lines instead of a progress bar, for logs.
     """
 
@@ -54,8 +68,10 @@ class FitKMeans:
     features: MfccConfig | HiddenConfig = field(default_factory=MfccConfig)
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    max_skipped: float = 0.01
     device: str = "auto"
     overwrite: bool = False
+    skip_finished: bool = False
     quiet: bool = False
 
 
@@ -105,14 +121,19 @@ class FitProgress:
 
 def fit(job: FitKMeans) -> None:
     """Do the job on this rank."""
+    from k2ssl.data.labels import cut_list_hash
     from k2ssl.data.loader import audio_loader
 
     output = Path(job.output)
     if output.exists() and not job.overwrite:
-        raise ValueError(f"{output} exists; --overwrite True replaces it")
+        if not job.skip_finished:
+            raise ValueError(f"{output} exists; --overwrite True replaces it")
+        check_finished(job, output)
+        print(f"{output} is there already")
+        return
     writable_folder(output.parent)
     started = time.monotonic()
-    with distributed.set_up(choose_device(job.device)) as device:
+    with distributed.set_up(choose_device(job.device), timeout_minutes=PATIENCE_MINUTES) as device:
         lists = CutLists(job.cuts)
         cuts = lists.open()
         features = build_features(job.features, device)
@@ -123,6 +144,7 @@ def fit(job: FitKMeans) -> None:
                 _log.warning("left out: cut %s: %s", cut_id, reason)
             skipped[cut_id] = reason
 
+        cuts_hash = cut_list_hash(Chained(cuts))
         loader = audio_loader(
             Chained(cuts),
             max_duration=job.loader.max_duration,
@@ -149,6 +171,13 @@ def fit(job: FitKMeans) -> None:
                 progress if distributed.is_main() else None,
                 frame_rate=features.frame_rate,
                 description=features.description,
+                stream={"cuts": cuts_hash, "max_duration": job.loader.max_duration},
+            )
+        num_skipped = list_skipped(output, skipped)
+        if num_skipped > job.max_skipped * int(cuts_hash.partition(":")[0]):
+            raise ValueError(
+                f"{num_skipped} cuts cannot be read, max_skipped is {job.max_skipped:.1%}: see {output}.skipped-*.tsv; remove {checkpoint}"
+                " to begin anew when they can"
             )
         if not distributed.is_main():
             return
@@ -158,7 +187,34 @@ def fit(job: FitKMeans) -> None:
         for left in (checkpoint, checkpoint.with_name(checkpoint.name + ".sample")):
             left.unlink(missing_ok=True)
     print(f"{output}: {kmeans.num_clusters} centres of {kmeans.dim} dimensions, sha256 {kmeans.sha256[:16]}...")
-    print(f"{time.monotonic() - started:.1f} s, {len(skipped)} unreadable cuts left out, peak memory {peak_memory(device)}")
+    print(f"{time.monotonic() - started:.1f} s, {num_skipped} unreadable cuts left out, peak memory {peak_memory(device)}")
+
+
+def list_skipped(output: Path, skipped: dict[str, str]) -> int:
+    """Write down this rank's unreadable cuts; returns how many all ranks have."""
+    if skipped:
+        with atomic_file(output.with_name(f"{output.name}.skipped-{distributed.rank():05d}.tsv")) as file:
+            file.writelines(f"{cut_id}\t{' '.join(reason.split())}\n".encode() for cut_id, reason in skipped.items())
+    return int(distributed.all_reduce_sum(torch.tensor([len(skipped)])).item())
+
+
+def check_finished(job: FitKMeans, output: Path) -> None:
+    """Refuse centres that other settings or older manifests led to.
+
+    Raises:
+        ValueError: names the setting with both values, or the manifest.
+    """
+    settings = output.with_name(output.name + ".json")
+    if not settings.is_file():
+        raise ValueError(f"{output} exists without {settings.name}, so it is not known what led to it; --overwrite True replaces it")
+    made, asked = json.loads(settings.read_text(encoding="utf-8")), json.loads(dump(job))
+    for name in ("cuts", "features", "kmeans"):
+        if made.get(name) != asked[name]:
+            raise ValueError(f"{output} exists, made with {name} {made.get(name)}, now {asked[name]}; --overwrite True replaces it")
+    inputs = [*job.cuts, *([job.features.checkpoint] if isinstance(job.features, HiddenConfig) else [])]
+    for manifest in inputs:
+        if Path(manifest).stat().st_mtime > output.stat().st_mtime:
+            raise ValueError(f"{output} exists, but {manifest} is newer; --overwrite True replaces it")
 
 
 def main(argv: list[str] | None = None) -> int:

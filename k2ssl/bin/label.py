@@ -11,21 +11,24 @@ usage or settings, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from k2ssl import __version__, distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_features import Chained, CutLists, LoaderConfig, choose_device, features_of, peak_memory
+from k2ssl.bin.cluster_features import PATIENCE_MINUTES, Chained, CutLists, LoaderConfig, choose_device, features_of, peak_memory
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.quality_report import CompareConfig, Comparison, measure_store, open_comparison, write_report
@@ -94,13 +97,15 @@ def label(job: Label) -> None:
     kmeans = KMeans.load(job.kmeans)
     output = Path(job.output)
     started = time.monotonic()
-    with distributed.set_up(choose_device(job.device)) as device:
+    with distributed.set_up(choose_device(job.device), timeout_minutes=PATIENCE_MINUTES) as device:
         features = features_of(kmeans, job.checkpoint, device, job.kmeans)
         cuts = Chained(CutLists(job.cuts).open())
         with distributed.failing_together():
             if distributed.is_main():
+                if job.overwrite and job.compare.previous and Path(job.compare.previous).resolve() == output.resolve():
+                    raise ValueError(f"compare.previous is {job.compare.previous}, the very labels that overwrite would remove")
+                compare = open_comparison(job.compare)  # before anything is removed
                 _make_room(output, job.overwrite)
-                compare = open_comparison(job.compare)
         totals = count_cuts(cuts)
         label_shard(job, kmeans, features, device, cuts, totals)
         distributed.barrier()
@@ -110,18 +115,30 @@ def label(job: Label) -> None:
 
 
 def count_cuts(cuts: Chained) -> CutTotals:
-    """Read the manifests through once."""
+    """Read the manifests through once.
+
+    Raises:
+        ValueError: an id that a label store cannot hold, or that occurs twice; better now than after hours of labelling.
+    """
     from k2ssl.data.labels import cut_list_hash
 
     num_cuts, seconds = 0, 0.0
+    several = len(cuts.lists) > 1  # a single manifest has been searched for ids that occur twice when it was opened
+    hashes = array("q")
 
     def counted() -> Iterator[Cut]:
         nonlocal num_cuts, seconds
         for cut in cuts:
+            if any(character in cut.id for character in "\t\n\r"):
+                raise ValueError(f"cut id {cut.id!r} has a tab or a line break; rename the file and make the manifest anew")
+            if several:
+                hashes.append(hash(cut.id))
             num_cuts, seconds = num_cuts + 1, seconds + cut.duration
             yield cut
 
     cuts_sha256 = cut_list_hash(counted())
+    if several and len(np.unique(np.frombuffer(hashes, np.int64))) < num_cuts:
+        raise ValueError("the manifests share cut ids: label them apart, or make manifests whose ids differ")
     return CutTotals(cuts_sha256, num_cuts, seconds)
 
 
@@ -182,8 +199,9 @@ def _write(batches: Iterator[LabelledBatch], writer: LabelShardWriter, skipped: 
             if time.monotonic() - committed > _COMMIT_EVERY:
                 writer.commit()
                 committed = time.monotonic()
-    except KeyboardInterrupt:
-        writer.commit()
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk is what may have brought us here
+            writer.commit()
         raise
 
 
@@ -217,7 +235,7 @@ def finish(job: Label, totals: CutTotals, compare: Comparison) -> None:
 
     output = Path(job.output)
     store = merge_shards(output)
-    skipped = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in output.glob("skipped-*.tsv"))
+    skipped = sum(path.read_bytes().count(b"\n") for path in output.glob("skipped-*.tsv"))
     if len(store) + skipped != totals.num_cuts:
         raise ValueError(
             f"{output}: of {totals.num_cuts} cuts {len(store)} are labelled and {skipped} skipped; label anew with --overwrite True"
@@ -247,7 +265,9 @@ def _make_room(output: Path, overwrite: bool) -> None:
         ValueError: it holds something other than labels, or cannot be written to.
     """
     ours = [path for pattern in (_CONTRACT, *_OF_A_STORE) for path in sorted(output.glob(pattern))]
-    if output.is_dir() and not ours and any(output.iterdir()):
+    if overwrite:
+        ours += [path for pattern in (".*.part", "*.partial") for path in sorted(output.glob(pattern)) if path not in ours]
+    if output.is_dir() and not ours and any(not path.name.endswith(".part") for path in output.iterdir()):
         raise ValueError(f"{output} holds other files and no labels: name a folder for labels alone")
     for path in ours if overwrite else ():
         path.unlink()

@@ -52,6 +52,7 @@ def report(job: LabelReport) -> None:
     store = LabelStore.open(job.labels)
     compare = open_comparison(job.compare)
     writable_folder(output.parent)
+    store.verify()  # opening looks at the ends of files only
     quality = measure_store(store, compare, job.quiet)
     write_report(quality, store, job.compare, output)
     print(quality.table())

@@ -8,8 +8,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from k2ssl.config import ConfigError, load
@@ -29,7 +32,8 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
     _log_to_stderr()
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
-        main(load(cls, argv, program=f"python -m k2ssl.bin.{program}", description=description))
+        with _terminated_like_interrupted():
+            main(load(cls, argv, program=f"python -m k2ssl.bin.{program}", description=description))
     except ConfigError as error:
         print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
         return 2
@@ -42,6 +46,19 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
         print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which a scheduler sends that wants the machine back, is treated like Ctrl-C: programs save what they have."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _log_to_stderr() -> None:

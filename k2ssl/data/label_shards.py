@@ -8,6 +8,7 @@ the shard is opened again. Nothing is copied at the end: closing a shard renames
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -182,6 +183,9 @@ class LabelShardWriter:
         packed = np.concatenate(self._labels).tobytes()
         lines = "".join(f"{count}\t{cut_id}\n" for cut_id, count in self._ids.items()).encode("utf-8")
         try:
+            # what a commit that was interrupted (Ctrl-C) has left behind the last whole one
+            self._files["bin"].truncate(self._num_labels * self._dtype.itemsize)
+            self._files["ids"].truncate(self._ids_bytes)
             _append(self._files["bin"], packed)
             _append(self._files["ids"], lines)
         except OSError as error:
@@ -236,6 +240,9 @@ class LabelShardWriter:
 
     def _open_finished(self) -> None:
         record = read_record(ShardRecord, self._path("json"))
+        # versions may have changed since: nothing more is written with the present ones
+        lineage = dataclasses.replace(self.setup.lineage, versions=record.setup.lineage.versions)
+        self.setup = dataclasses.replace(self.setup, lineage=lineage)
         self._check_setup(record.setup, self._path("json"))
         ids = (id_hash(cut_id) for cut_id, _ in read_ids(self._path("ids")))
         self._keys.append(np.fromiter(ids, np.uint64, record.shard.num_cuts))

@@ -78,8 +78,9 @@ def cut_list_hash(cuts: Iterable[Cut]) -> str:
 
 
 def cut_digest(cut: Cut) -> bytes:
-    """One cut's part in `cut_list_hash`."""
-    return id_digest(f"{cut.id}\t{samples_of(cut, cut.sampling_rate)}")
+    """One cut's part in `cut_list_hash`: its id and which samples of which channel it is, so that segments that moved are noticed."""
+    start = compute_num_samples(getattr(cut, "start", 0.0), cut.sampling_rate)
+    return id_digest(f"{cut.id}\t{start}\t{samples_of(cut, cut.sampling_rate)}\t{getattr(cut, 'channel', '')}")
 
 
 def samples_of(cut: Cut, sampling_rate: int) -> int:

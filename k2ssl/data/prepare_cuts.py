@@ -83,6 +83,7 @@ def prepare_folder(
         lambda: folder_items(root, speaker=speaker, text_suffix=text_suffix, table=transcripts),
         out,
         split,
+        source=root,
         expected=f"{root}: audio files ({', '.join(AUDIO_SUFFIXES)}) are expected here or in folders below; {what_is_in(root)}",
         settings=settings,
         num_jobs=num_jobs,
@@ -96,6 +97,7 @@ def prepare_split(
     out: str | Path,
     split: str,
     *,
+    source: str | Path,
     expected: str,
     settings: ScanSettings | None = None,
     num_jobs: int = 1,
@@ -105,12 +107,13 @@ def prepare_split(
 ) -> Prepared:
     """Write `cuts_SPLIT.jsonl.gz`, `summary_SPLIT.json` and `unreadable_SPLIT.tsv` into `out`.
 
-    Nothing is done if the manifest is there. Memory does not grow with the number of files, but for 8 bytes a cut at the end.
+    Nothing is done if the manifest is there, made of the same source with the same settings. Memory does not grow with the number of files, but for 8 bytes a cut at the end.
 
     Args:
         listing: called twice (to count, to read), gives the same files in the same order each time.
         out: folder to write to.
         split: name of the split.
+        source: where the files come from; a manifest made of another source is not taken for this one.
         expected: message if the listing is empty: what was expected where, and what was found.
         settings: how files become cuts.
         num_jobs: processes that read headers.
@@ -119,7 +122,7 @@ def prepare_split(
         progress: show a progress bar, if standard error is a terminal.
 
     Raises:
-        ValueError: nothing is listed or no cut remains, ids are not unique, the folder cannot be written to, a process died.
+        ValueError: the manifest is there, made of another source or with other settings; nothing is listed or no cut remains, ids are not unique, the folder cannot be written to, a process died.
         OSError: the disk is full. Whatever is raised, finished parts are kept.
     """
     if num_jobs < 1:
@@ -129,7 +132,7 @@ def prepare_split(
     settings = settings or ScanSettings()
     manifest = writable_folder(out) / f"cuts_{split}.jsonl.gz"
     if manifest.exists() and not overwrite:
-        return _finished(manifest, settings)
+        return _finished(manifest, _described(settings, source))
     parts = manifest.with_name(f"cuts_{split}.parts")
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
@@ -139,23 +142,23 @@ def prepare_split(
     writable_folder(parts)
     with tqdm(total=total, unit="file", desc=split, disable=None if progress else True, dynamic_ncols=True) as bar:
         names, resumed = _read_parts(listing(), parts, settings, num_jobs, files_per_part, bar.update)
-    prepared = _assemble(manifest, parts, names, settings, resumed)
+    prepared = _assemble(manifest, parts, names, settings, _described(settings, source), resumed)
     shutil.rmtree(parts)
     return prepared
 
 
-def _finished(manifest: Path, settings: ScanSettings) -> Prepared:
+def _finished(manifest: Path, asked: dict[str, Any]) -> Prepared:
     """What is known of a manifest that exists."""
     content = read_summary(manifest)
     if "summary" not in content or not is_checked(manifest):
         raise ValueError(
             f"{manifest} exists, but its summary does not lie beside it, so it is not known to be whole; remove or overwrite it"
         )
-    notes = ["exists already: nothing was done", *content.get("notes", ())]
-    asked, had = _described(settings), content.get("settings", {})
+    had = content.get("settings", {})
     changed = [f"{name} {had.get(name)} (now {value})" for name, value in asked.items() if had.get(name) != value]
     if changed:
-        notes.insert(1, f"it was made with other settings: {', '.join(changed)}")
+        raise ValueError(f"{manifest} exists, made with {', '.join(changed)}; overwrite it or name another folder")
+    notes = ["exists already: nothing was done", *content.get("notes", ())]
     listed = manifest.with_name(f"unreadable_{_split_of(manifest)}.tsv")
     return Prepared(manifest, CutSummary.from_dict(content["summary"]), tuple(notes), content.get("unreadable", 0), listed, existed=True)
 
@@ -225,7 +228,7 @@ def read_part(items: list[AudioItem | Unreadable], settings: ScanSettings, folde
         file.write(json.dumps(report.to_dict()).encode())
 
 
-def _assemble(manifest: Path, parts: Path, names: list[str], settings: ScanSettings, resumed: int) -> Prepared:
+def _assemble(manifest: Path, parts: Path, names: list[str], settings: ScanSettings, described: dict[str, Any], resumed: int) -> Prepared:
     """Join the parts. The manifest gets its name last: where it is, all else is."""
     split = _split_of(manifest)
     listed = manifest.with_name(f"unreadable_{split}.tsv")
@@ -250,7 +253,7 @@ def _assemble(manifest: Path, parts: Path, names: list[str], settings: ScanSetti
         file.flush()
         check_manifest(Path(file.name), called=manifest)
         summary = total.counter.summary()
-        content = {"summary": summary.to_dict(), "notes": notes, "unreadable": unreadable, "settings": _described(settings)}
+        content = {"summary": summary.to_dict(), "notes": notes, "unreadable": unreadable, "settings": described}
         write_summary(manifest, Path(file.name), content)
     return Prepared(manifest, summary, tuple(notes), unreadable, listed, resumed=resumed)
 
@@ -283,8 +286,8 @@ def _row(path: str, reason: str) -> bytes:
     return ("\t".join(cells) + "\n").encode(errors="backslashreplace")
 
 
-def _described(settings: ScanSettings) -> dict[str, Any]:
-    return dataclasses.asdict(settings)
+def _described(settings: ScanSettings, source: str | Path) -> dict[str, Any]:
+    return {"source": str(Path(source).resolve()), **dataclasses.asdict(settings)}
 
 
 def _split_of(manifest: Path) -> str:

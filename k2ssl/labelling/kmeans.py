@@ -145,6 +145,7 @@ def fit_kmeans(
     *,
     frame_rate: float | None = None,
     description: Mapping[str, Scalar] | None = None,
+    stream: Mapping[str, Scalar] | None = None,
 ) -> KMeans:
     """Fit centres to streamed features. On several ranks each one calls this with its own share of the features.
 
@@ -164,6 +165,7 @@ def fit_kmeans(
         progress: called after every mini-batch and restart.
         frame_rate: Hz, for the hours in `Progress`.
         description: of the features, kept in the result.
+        stream: what else determines the frames (which audio, in batches of what size); progress of another stream is refused.
 
     Returns:
         The centres, the same on every rank. The same seed, features and number of ranks give the same bits.
@@ -172,7 +174,7 @@ def fit_kmeans(
         ValueError: features that are not finite or change their dimension, fewer (distinct) frames than clusters, or a checkpoint of
             other settings, features or ranks.
     """
-    return _Fit(batches, config, torch.device(device), checkpoint, progress, frame_rate, dict(description or {})).run()
+    return _Fit(batches, config, torch.device(device), checkpoint, progress, frame_rate, dict(description or {}), dict(stream or {})).run()
 
 
 class _Fit:
@@ -187,9 +189,11 @@ class _Fit:
         progress: Callable[[Progress], None] | None,
         frame_rate: float | None,
         description: dict[str, Scalar],
+        stream: dict[str, Scalar],
     ) -> None:
         self.batches, self.config, self.device = batches, config, device
         self.checkpoint, self.tell, self.frame_rate, self.description = checkpoint, progress, frame_rate, description
+        self.stream = stream
         ranks = distributed.world_size()
         share = config.batch_frames * (distributed.rank() + 1) // ranks - config.batch_frames * distributed.rank() // ranks
         if config.batch_frames < ranks:
@@ -329,13 +333,20 @@ class _Fit:
     def _identity(self) -> dict[str, Any]:
         config = {name: value for name, value in asdict(self.config).items() if name not in _MAY_CHANGE}
         ranks = distributed.world_size()
-        return {"format": _FORMAT, "version": _VERSION, "config": config, "description": self.description, "ranks": ranks}
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "config": config,
+            "description": self.description,
+            "stream": self.stream,
+            "ranks": ranks,
+        }
 
     def _resume(self, path: Path) -> tuple[_State, _Sample, FrameStream]:
         with distributed.failing_together():
             names = [field.name for field in fields(_State)]
-            content = read_checked(path, _FORMAT, _VERSION, ("config", "description", "ranks", "positions", *names))
-            for part in ("config", "description", "ranks"):
+            content = read_checked(path, _FORMAT, _VERSION, ("config", "description", "stream", "ranks", "positions", *names))
+            for part in ("config", "description", "stream", "ranks"):
                 _check_same(path, part, content[part], self._identity()[part])
             parts = [field.name for field in fields(_Sample)]
             kept = read_checked(_sample_path(path), _SAMPLE_FORMAT, _VERSION, tuple(parts))

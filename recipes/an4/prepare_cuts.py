@@ -33,6 +33,7 @@ def prepare(options: argparse.Namespace) -> Iterator[Prepared]:
             lambda file_ids=file_ids, texts=texts: listed_items(file_ids, texts, audio_dir),  # type: ignore[misc]
             options.out,
             name,
+            source=audio_dir,
             expected=f"{file_ids}: expected one path a line, it is empty",
             **shared,
         )

@@ -25,6 +25,7 @@ device=auto  # auto, cpu, cuda
 quiet=False  # True: plain lines instead of progress bars
 seed=0  # of everything random
 parse_options "$@"
+need_whole_numbers num_clusters max_batches num_workers num_processes seed
 
 recipe=$(dirname "$recipe_script")
 [ -n "$audio_dir" ] || _refuse "--audio-dir is missing"
@@ -63,12 +64,8 @@ if in_stages 1 "cuts"; then
 fi
 
 if in_stages 2 "k-means over $features"; then
-    if [ -e "$out/kmeans.pt" ]; then
-        log "$out/kmeans.pt is there already"
-    else
-        run "${program[@]}" k2ssl.bin.fit_kmeans --cuts "${manifests[@]}" --output "$out/kmeans.pt" "${feature_options[@]}" \
-            --kmeans.num-clusters "$num_clusters" --kmeans.max-batches "$max_batches" --kmeans.seed "$seed" "${common_options[@]}"
-    fi
+    run "${program[@]}" k2ssl.bin.fit_kmeans --cuts "${manifests[@]}" --output "$out/kmeans.pt" --skip-finished True "${feature_options[@]}" \
+        --kmeans.num-clusters "$num_clusters" --kmeans.max-batches "$max_batches" --kmeans.seed "$seed" "${common_options[@]}"
 fi
 
 if in_stages 3 "labels and report"; then

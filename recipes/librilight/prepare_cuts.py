@@ -41,6 +41,7 @@ def prepare(options: argparse.Namespace) -> Iterator[Prepared]:
             lambda folder=folder: segmented_items(folder, id_root=root),  # type: ignore[misc]
             options.out,
             name,
+            source=folder,
             expected=expected,
             files_per_part=FILES_PER_PART,
             **shared,

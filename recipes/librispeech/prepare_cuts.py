@@ -31,7 +31,7 @@ def prepare(options: argparse.Namespace) -> Iterator[Prepared]:
     for name in choose(splits, options.parts, root):
         folder = splits[name]
         expected = f"{folder}: expected SPEAKER/CHAPTER/*.flac; {what_is_in(folder)}"
-        yield prepare_split(lambda folder=folder: chapter_items(folder), options.out, name, expected=expected, **shared)  # type: ignore[misc]
+        yield prepare_split(lambda folder=folder: chapter_items(folder), options.out, name, source=folder, expected=expected, **shared)  # type: ignore[misc]
 
 
 def main(argv: list[str] | None = None) -> int:

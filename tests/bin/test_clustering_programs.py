@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import soundfile
 import torch
 
 from k2ssl.bin import fit_kmeans, label, label_report
+from k2ssl.bin.program import run_program
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.data.labels import LabelStore, cut_list_hash
 from k2ssl.data.prepare_cuts import prepare_folder
@@ -369,3 +372,94 @@ def test_help_is_there_for_all_programs_and_names_units(capsys: pytest.CaptureFi
         with pytest.raises(SystemExit):
             program.main(["--help"])
         assert "audio in a batch, s" in capsys.readouterr().out
+
+
+def test_overwriting_labels_begins_only_when_everything_else_is_right(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "labels"
+    assert assign(corpus, output) == 0
+    before = contents(output)
+    for previous in (tmp_path / "nothere", output):
+        assert assign(corpus, output, "--overwrite", "True", "--compare.previous", str(previous)) == 1
+        assert contents(output) == before
+    assert "the very labels that overwrite would remove" in capsys.readouterr().err
+    assert assign(corpus, output, "--overwrite", "True") == 0
+
+
+def test_what_a_kill_left_in_the_folder_is_no_obstacle(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / ".labels-00000-of-00001.setup.json.77.part").touch()
+    assert assign(corpus, tmp_path / "labels") == 0
+
+
+def test_manifests_that_share_ids_are_refused_before_anything_is_labelled(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "cuts_copy.jsonl.gz"
+    write_cuts(read_cuts(corpus.cuts), copy)
+    files = ["--kmeans", str(corpus.kmeans), "--cuts", str(corpus.cuts), str(copy), "--output", str(tmp_path / "labels")]
+    assert label.main([*files, *READ]) == 1
+    assert "the manifests share cut ids" in capsys.readouterr().err
+
+
+def test_damage_in_the_middle_of_a_store_is_reported(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "labels"
+    assert assign(corpus, output) == 0
+    store = next(output.glob("labels-*.bin"))
+    damaged = bytearray(store.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    store.write_bytes(damaged)
+    report = ["--labels", str(output), "--output", str(tmp_path / "q.json"), "--quiet", "True"]
+    assert label_report.main(report) == 1
+    assert store.name in capsys.readouterr().err
+
+
+def test_finished_centres_are_left_alone_if_the_same_settings_led_to_them(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "k.pt"
+    assert fit(corpus.cuts, output) == 0
+    before = output.read_bytes()
+    assert fit(corpus.cuts, output, "--skip-finished", "True") == 0
+    assert fit(corpus.cuts, output, "--skip-finished", "True", "--kmeans.seed", "7") == 1
+    assert "made with kmeans" in capsys.readouterr().err
+    newer = tmp_path / "cuts_all.jsonl.gz"
+    write_cuts(read_cuts(corpus.cuts), newer)
+    assert fit(newer, tmp_path / "n.pt") == 0
+    os.utime(newer, (2e9, 2e9))
+    assert fit(newer, tmp_path / "n.pt", "--skip-finished", "True") == 1
+    assert "is newer" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_only_processors_and_cuda_are_devices(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(corpus.cuts, tmp_path / "k.pt", "--device", "meta") == 1
+    assert "allowed are auto, cpu, cuda and cuda:NUMBER" in capsys.readouterr().err
+
+
+def test_centres_are_not_fitted_to_what_is_left_of_a_corpus(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audio = tmp_path / "audio"
+    audio.mkdir()
+    for path in sorted((corpus.folder / "audio").iterdir()):
+        (audio / path.name).write_bytes(path.read_bytes())
+    prepare_folder(audio, tmp_path, split="all", progress=False)
+    for path in sorted(audio.iterdir())[:3]:
+        path.unlink()
+    cuts = tmp_path / "cuts_all.jsonl.gz"
+    assert fit(cuts, tmp_path / "k.pt") == 1
+    assert "3 cuts cannot be read, max_skipped is 1.0%" in capsys.readouterr().err
+    assert not (tmp_path / "k.pt").exists()
+    assert len((tmp_path / "k.pt.skipped-00000.tsv").read_text().splitlines()) == 3
+    assert fit(cuts, tmp_path / "k.pt", "--max-skipped", "0.3") == 0
+
+
+def test_a_termination_is_saved_from_like_an_interruption(corpus: Corpus, tmp_path: Path) -> None:
+    def interrupted(job: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    options = ["--cuts", str(corpus.cuts), "--output", str(tmp_path / "k.pt")]
+    assert run_program(interrupted, fit_kmeans.FitKMeans, options, "fit_kmeans", "") == 130
+    assert signal.getsignal(signal.SIGTERM) == before

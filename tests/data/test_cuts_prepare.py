@@ -35,7 +35,7 @@ def audio(tmp_path: Path) -> Path:
 
 def prepare(audio: Path, out: Path, **options: object) -> Prepared:
     given: dict[str, object] = {"files_per_part": 3, **options}
-    return prepare_split(lambda: folder_items(audio, speaker="folder"), out, "x", expected="nothing there", **given)  # type: ignore[arg-type]
+    return prepare_split(lambda: folder_items(audio, speaker="folder"), out, "x", source=audio, expected="nothing there", **given)  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -145,8 +145,10 @@ def test_a_finished_split_is_left_alone_and_said_to_be(audio: Path, tmp_path: Pa
     assert not sizes
     assert (again.existed, again.summary, again.unreadable) == (True, first.summary, 2)
     assert "exists already: nothing was done" in str(again)
-    other = prepare(audio, tmp_path / "out", settings=ScanSettings(min_duration=0.5))
-    assert "it was made with other settings: min_duration 0.0 (now 0.5)" in str(other)
+    with pytest.raises(ValueError, match=r"exists, made with min_duration 0\.0 \(now 0\.5\); overwrite it"):
+        prepare(audio, tmp_path / "out", settings=ScanSettings(min_duration=0.5))
+    with pytest.raises(ValueError, match=r"exists, made with source .*/other\)"):
+        prepare(audio.parent / "other", tmp_path / "out")
     assert contents(tmp_path / "out") == before
     assert prepare(audio, tmp_path / "out", settings=ScanSettings(min_duration=0.5), overwrite=True).summary.cuts == 7
 
@@ -201,7 +203,7 @@ def test_ids_that_occur_twice_are_refused(audio: Path, tmp_path: Path) -> None:
         yield AudioItem("s1/01", str(audio / "s1/04.wav"))
 
     with pytest.raises(ValueError, match=r"cuts_x.jsonl.gz: ids of cuts must be unique, but there is 's1/01' in lines 4 and 11"):
-        prepare_split(listing, tmp_path / "out", "x", expected="")
+        prepare_split(listing, tmp_path / "out", "x", source=tmp_path, expected="")
     assert not (tmp_path / "out/cuts_x.jsonl.gz").exists()
 
 
@@ -219,7 +221,7 @@ def test_arguments_out_of_range_are_refused(audio: Path, tmp_path: Path) -> None
         prepare(audio, tmp_path / "out", num_jobs=0)
     for split in ("", "a/b", ".x"):
         with pytest.raises(ValueError, match="split is"):
-            prepare_split(lambda: folder_items(audio), tmp_path / "out", split, expected="")
+            prepare_split(lambda: folder_items(audio), tmp_path / "out", split, source=audio, expected="")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/out: cannot write into this folder"):
         prepare(audio, tmp_path / "file/out")

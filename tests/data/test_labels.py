@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lhotse import CutSet, MonoCut, Recording
+from lhotse.testing.dummies import dummy_cut
+from lhotse.utils import fastcopy
 
 from k2ssl.data import label_index
 from k2ssl.data.labels import LabelShardWriter, LabelStore, Lineage, cut_list_hash, id_list_hash, merge_shards
@@ -218,3 +220,10 @@ def test_forked_workers_read_the_same_files_at_once(tmp_path: Path) -> None:
 
 def _check_many_times(store: LabelStore, labels: dict[str, np.ndarray]) -> None:
     assert all(_reads_the_same(store, labels) for _ in range(20))
+
+
+def test_a_cut_list_whose_segments_moved_has_another_hash() -> None:
+    cut = dummy_cut(0, start=1.0, duration=2.0)
+    moved, longer, other = fastcopy(cut, start=1.5), fastcopy(cut, duration=2.5), fastcopy(cut, channel=1)
+    assert len({cut_list_hash([changed]) for changed in (cut, moved, longer, other)}) == 4
+    assert cut_list_hash([cut, moved]) == cut_list_hash([moved, cut])

@@ -93,6 +93,38 @@ def test_what_a_crash_left_half_written_is_cut_off(tmp_path: Path, torn: bytes) 
     assert_holds(merge_shards(tmp_path), 9)
 
 
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_a_commit_that_was_interrupted_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: int) -> None:
+    real, calls = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == interrupted:
+            raise KeyboardInterrupt
+        real(descriptor)
+
+    with pytest.raises(KeyboardInterrupt), open_writer(tmp_path) as writer:
+        write_range(writer, 0, 4)  # one commit of three cuts, and one cut more
+        monkeypatch.setattr(os, "fsync", fsync)
+        try:
+            writer.commit()
+        except KeyboardInterrupt:
+            writer.commit()
+            raise
+    with open_writer(tmp_path) as writer:
+        assert writer.num_cuts == 4
+        write_range(writer, 4, 7)
+    assert_holds(merge_shards(tmp_path), 7)
+
+
+def test_a_finished_shard_opens_again_with_newer_libraries(tmp_path: Path) -> None:
+    with open_writer(tmp_path, lineage=replace(LINEAGE, versions={"torch": "1"})) as writer:
+        write_range(writer, 0, 2)
+    assert open_writer(tmp_path, lineage=replace(LINEAGE, versions={"torch": "2"})).finished
+    with pytest.raises(ValueError, match=r"lineage\.features 'layer 6' there, 'mfcc' here"):
+        open_writer(tmp_path, lineage=replace(LINEAGE, features="mfcc"))
+
+
 def test_a_crash_between_renaming_and_the_record_leaves_an_unfinished_shard(tmp_path: Path) -> None:
     with open_writer(tmp_path) as writer:
         write_range(writer, 0, 4)

@@ -139,6 +139,8 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
         fit_kmeans(_streamed(frames), _changed(seed=9), checkpoint=path, description={"features": "mfcc"})
     with pytest.raises(ValueError, match=r"description.features is 'layer 6', there 'mfcc'"):
         fit_kmeans(_streamed(frames), SMALL, checkpoint=path, description={"features": "layer 6"})
+    with pytest.raises(ValueError, match="stream"):
+        fit_kmeans(_streamed(frames), _changed(max_batches=1), checkpoint=path, description={"features": "mfcc"}, stream={"cuts": "b"})
     with pytest.raises(ValueError, match=r"epoch 1 has 100 frames for rank 0, 500 were taken before the interruption"):
         fit_kmeans(_streamed(frames[:100]), SMALL, checkpoint=path, description={"features": "mfcc"})
     path.write_bytes(path.read_bytes()[:1000])
