@@ -16,7 +16,7 @@ from k2ssl.data.label_format import file_sha256
 from k2ssl.labelling.assign import check_same_features
 from k2ssl.labelling.features import FeatureFunction, MfccConfig, MfccFeatures, Scalar, hidden_features
 from k2ssl.labelling.kmeans_model import KMeans
-from k2ssl.labelling.windows import windowed
+from k2ssl.labelling.windows import normalized, windowed
 from k2ssl.structure import from_dict
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
@@ -148,10 +148,14 @@ def build_features(config: MfccConfig | HiddenConfig, device: torch.device | str
     """
     if isinstance(config, MfccConfig):
         return windowed(MfccFeatures(config).to(device), _MFCC_WINDOW, _MFCC_OVERLAP)
+    from k2ssl.models.frontend import WaveformFrontend
     from k2ssl.models.load import load_model
 
     model = load_model(config.checkpoint, device).eval().requires_grad_(False)
     dim = _check_layer(model, config)
+    normalizes = isinstance(model.frontend, WaveformFrontend) and model.frontend.normalizes_audio
+    if isinstance(model.frontend, WaveformFrontend):
+        model.frontend.normalizes_audio = False  # done below, over whole recordings instead of windows
 
     def encode(audio: Tensor, audio_lens: Tensor) -> Tensor:
         output = model.encode(audio, audio_lens, return_hidden=True).output
@@ -170,7 +174,8 @@ def build_features(config: MfccConfig | HiddenConfig, device: torch.device | str
         },
     )
     align = max(getattr(model.config.encoder, "downsampling", (1,)))  # so that all windows see the same low-rate frames
-    return windowed(features, config.window_seconds, config.overlap_seconds, align_frames=align)
+    whole = windowed(features, config.window_seconds, config.overlap_seconds, align_frames=align)
+    return normalized(whole) if normalizes else whole
 
 
 def features_of(kmeans: KMeans, checkpoint: str | None, device: torch.device | str, name: str = "the k-means file") -> FeatureFunction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -19,12 +20,14 @@ import soundfile
 import torch
 
 from k2ssl.bin import fit_kmeans, label, label_report
+from k2ssl.bin.cluster_features import HiddenConfig, build_features
 from k2ssl.bin.program import run_program
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.data.labels import LabelStore, cut_list_hash
 from k2ssl.data.prepare_cuts import prepare_folder
 from k2ssl.labelling.features import MfccFeatures
 from k2ssl.labelling.kmeans_model import KMeans
+from k2ssl.models.frontend import WaveformConfig, normalize_audio
 from k2ssl.models.hubert import HubertConfig, HubertModel
 from k2ssl.models.load import load_model, save_model
 
@@ -463,3 +466,25 @@ def test_a_termination_is_saved_from_like_an_interruption(corpus: Corpus, tmp_pa
     options = ["--cuts", str(corpus.cuts), "--output", str(tmp_path / "k.pt")]
     assert run_program(interrupted, fit_kmeans.FitKMeans, options, "fit_kmeans", "") == 130
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_model_that_normalises_hears_the_whole_recording_normalised(corpus: Corpus, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    config = dataclasses.replace(HubertConfig.tiny(), frontend=WaveformConfig(channels=32, norm="layer"))
+    model = HubertModel(config).eval()
+    save_model(tmp_path / "m.pt", model)
+    hidden = HiddenConfig(str(tmp_path / "m.pt"), layer=2, window_seconds=1.0, overlap_seconds=0.5)
+    features = build_features(hidden, "cpu")
+    audio = torch.cat([0.01 * torch.randn(1, 12800), torch.randn(1, 3200)], dim=1)  # 1 s: loud only at its end
+    with torch.no_grad():
+        expected = model.encode(audio, return_hidden=True).output.hidden[1]
+        model.frontend.normalizes_audio = False
+        long = torch.cat([audio, audio], dim=1)
+        first_window = model.encode(normalize_audio(long)[:, :16000], return_hidden=True).output.hidden[1]
+    torch.testing.assert_close(features(audio, torch.tensor([16000]))[0], expected, atol=1e-4, rtol=0)
+    found = features(long, torch.tensor([32000]))[0]
+    torch.testing.assert_close(found[:, :30], first_window[:, :30], atol=1e-4, rtol=0)  # frames far from the first seam
+    options = ["--features.kind", "hidden", "--features.checkpoint", str(tmp_path / "m.pt"), "--features.layer", "2"]
+    assert fit(corpus.cuts, tmp_path / "k.pt", *options) == 0
+    assert assign(corpus, tmp_path / "labels", "--checkpoint", str(tmp_path / "m.pt"), kmeans=tmp_path / "k.pt") == 0
+    assert LabelStore.open(tmp_path / "labels").contract.lineage.settings["normalize"] is True
