@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from k2ssl.atomic_file import atomic_file
 from k2ssl.data.label_format import file_sha256
 from k2ssl.labelling.assign import check_same_features
 from k2ssl.labelling.features import FeatureFunction, MfccConfig, MfccFeatures, Scalar, hidden_features
@@ -232,6 +233,15 @@ def _check_layer(model: HubertModel, config: HiddenConfig) -> int:
         has = f"has {config.name.split()[0]}s 1 to {len(found)}" if found else "has no stacks, being a Transformer"
         raise ValueError(f"{config.checkpoint}: {config.name} was asked for, the model {has}")
     return found[number - 1].shape[-1]
+
+
+def list_skipped(path: Path, skipped: Mapping[str, str]) -> None:
+    """Write cut ids with the reasons why they were left out; without any, no file remains."""
+    if skipped:
+        with atomic_file(path) as file:
+            file.writelines(f"{cut_id}\t{' '.join(reason.split())}\n".encode() for cut_id, reason in skipped.items())
+    else:
+        path.unlink(missing_ok=True)  # what could not be read before an interruption now could
 
 
 def peak_memory(device: torch.device) -> str:

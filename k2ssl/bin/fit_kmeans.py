@@ -31,6 +31,7 @@ from k2ssl.bin.cluster_features import (
     LoaderConfig,
     build_features,
     choose_device,
+    list_skipped,
     peak_memory,
 )
 from k2ssl.bin.program import run_program
@@ -173,7 +174,8 @@ def fit(job: FitKMeans) -> None:
                 description=features.description,
                 stream={"cuts": cuts_hash, "max_duration": job.loader.max_duration},
             )
-        num_skipped = list_skipped(output, skipped)
+        list_skipped(output.with_name(f"{output.name}.skipped-{distributed.rank():05d}.tsv"), skipped)
+        num_skipped = int(distributed.all_reduce_sum(torch.tensor([len(skipped)])).item())
         if num_skipped > job.max_skipped * int(cuts_hash.partition(":")[0]):
             raise ValueError(
                 f"{num_skipped} cuts cannot be read, max_skipped is {job.max_skipped:.1%}: see {output}.skipped-*.tsv; remove {checkpoint}"
@@ -188,14 +190,6 @@ def fit(job: FitKMeans) -> None:
             left.unlink(missing_ok=True)
     print(f"{output}: {kmeans.num_clusters} centres of {kmeans.dim} dimensions, sha256 {kmeans.sha256[:16]}...")
     print(f"{time.monotonic() - started:.1f} s, {num_skipped} unreadable cuts left out, peak memory {peak_memory(device)}")
-
-
-def list_skipped(output: Path, skipped: dict[str, str]) -> int:
-    """Write down this rank's unreadable cuts; returns how many all ranks have."""
-    if skipped:
-        with atomic_file(output.with_name(f"{output.name}.skipped-{distributed.rank():05d}.tsv")) as file:
-            file.writelines(f"{cut_id}\t{' '.join(reason.split())}\n".encode() for cut_id, reason in skipped.items())
-    return int(distributed.all_reduce_sum(torch.tensor([len(skipped)])).item())
 
 
 def check_finished(job: FitKMeans, output: Path) -> None:

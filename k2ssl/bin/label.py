@@ -28,7 +28,16 @@ import torch
 
 from k2ssl import __version__, distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_features import PATIENCE_MINUTES, Chained, CutLists, LoaderConfig, choose_device, features_of, peak_memory
+from k2ssl.bin.cluster_features import (
+    PATIENCE_MINUTES,
+    Chained,
+    CutLists,
+    LoaderConfig,
+    choose_device,
+    features_of,
+    list_skipped,
+    peak_memory,
+)
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.quality_report import CompareConfig, Comparison, measure_store, open_comparison, write_report
@@ -120,11 +129,12 @@ def count_cuts(cuts: Chained) -> CutTotals:
     Raises:
         ValueError: an id that a label store cannot hold, or that occurs twice; better now than after hours of labelling.
     """
+    from k2ssl.data.label_index import id_hash
     from k2ssl.data.labels import cut_list_hash
 
     num_cuts, seconds = 0, 0.0
     several = len(cuts.lists) > 1  # a single manifest has been searched for ids that occur twice when it was opened
-    hashes = array("q")
+    hashes = array("Q")
 
     def counted() -> Iterator[Cut]:
         nonlocal num_cuts, seconds
@@ -132,12 +142,12 @@ def count_cuts(cuts: Chained) -> CutTotals:
             if any(character in cut.id for character in "\t\n\r"):
                 raise ValueError(f"cut id {cut.id!r} has a tab or a line break; rename the file and make the manifest anew")
             if several:
-                hashes.append(hash(cut.id))
+                hashes.append(id_hash(cut.id))
             num_cuts, seconds = num_cuts + 1, seconds + cut.duration
             yield cut
 
     cuts_sha256 = cut_list_hash(counted())
-    if several and len(np.unique(np.frombuffer(hashes, np.int64))) < num_cuts:
+    if several and len(np.unique(np.frombuffer(hashes, np.uint64))) < num_cuts:
         raise ValueError("the manifests share cut ids: label them apart, or make manifests whose ids differ")
     return CutTotals(cuts_sha256, num_cuts, seconds)
 
@@ -174,7 +184,7 @@ def label_shard(job: Label, kmeans: KMeans, features: FeatureFunction, device: t
         with AudioProgress("label", totals.seconds * left, quiet=job.quiet, silent=not distributed.is_main()) as progress:
             _write(batches, writer, skipped, lambda seconds: progress.add(seconds * ranks))  # the other ranks are as far as this one
         listed = Path(job.output) / f"skipped-{rank:05d}-of-{ranks:05d}.tsv"
-        _list_skipped(listed, skipped)
+        list_skipped(listed, skipped)
         share = len(skipped) * ranks / totals.num_cuts
         if share > job.max_skipped:
             writer.commit()
@@ -248,14 +258,6 @@ def finish(job: Label, totals: CutTotals, compare: Comparison) -> None:
     print(f"report      {output / 'quality.json'} and quality.png")
     if skipped:
         print(f"{skipped} of {totals.num_cuts} cuts have no labels: see {output}/skipped-*.tsv")
-
-
-def _list_skipped(path: Path, skipped: dict[str, str]) -> None:
-    if skipped:
-        with atomic_file(path) as file:
-            file.writelines(f"{cut_id}\t{' '.join(reason.split())}\n".encode() for cut_id, reason in skipped.items())
-    else:
-        path.unlink(missing_ok=True)  # what could not be read before an interruption now could
 
 
 def _make_room(output: Path, overwrite: bool) -> None:
