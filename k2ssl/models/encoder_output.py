@@ -13,12 +13,13 @@ class EncoderOutput:
     """Frames of the last layer and, if asked for, of the layers before it.
 
     Attributes:
-        frames: (N, T, C) the encoder's output. Values at padded frames are finite and carry no meaning.
-        hidden: the output of every block in order, (N, T, C_i) each and all at the full frame rate; empty unless asked for. A block is
+        frames: (N, T, C) the encoder's output; of an encoder that was told to stop after layer L, the output of layer L, which is
+            `hidden[L - 1]`. Values at padded frames are finite and carry no meaning.
+        hidden: the output of every block that ran, in order, (N, T, C_i) each and all at the full frame rate; empty unless asked for. A block is
             a layer of the Transformer, or a layer of a Zipformer stack upsampled to the full rate. "The features of layer L" are
             `hidden[L - 1]`: layers count from 1, as in the HuBERT paper (arXiv 2106.07447). An encoder's final normalisation, where
             it has one, is part of `frames` only.
-        stacks: the output of every Zipformer stack, (N, T, C_i); empty for a Transformer, and unless asked for.
+        stacks: the output of every Zipformer stack whose last layer ran, (N, T, C_i); empty for a Transformer, and unless asked for.
     """
 
     frames: Tensor
@@ -39,3 +40,13 @@ def check_encoder_input(x: Tensor, padding_mask: Tensor | None, input_dim: int) 
             f"encoder: padding_mask has shape {tuple(padding_mask.shape)} and type {padding_mask.dtype}, "
             f"allowed is {tuple(x.shape[:2])} and torch.bool"
         )
+
+
+def check_stop_after(stop_after: int | None, num_layers: int) -> None:
+    """Refuse a layer to stop after that the encoder does not have.
+
+    Raises:
+        ValueError: `stop_after` is neither None nor 1 to `num_layers`.
+    """
+    if stop_after is not None and not 1 <= stop_after <= num_layers:
+        raise ValueError(f"encoder: stop_after is {stop_after}, allowed are layers 1 to {num_layers}, or None for all of them")

@@ -119,8 +119,9 @@ class Encoded:
 class HubertModel(nn.Module):
     """Frontend, mask, encoder, heads.
 
-    `clock` is the one handle for training: call `clock.seed(seed, rank, epoch, step)` and `clock.advance(adjusted batch count)` before
-    every step. A step is replayed by restoring the clock's `state_dict` of before these calls.
+    `clock` is the one handle for training: call `clock.advance(adjusted batch count)` before every step and `clock.seed(...)`, with
+    integers that name the micro-batch, before every forward pass; see `Clock`. A step is replayed by restoring the clock's
+    `state_dict` of before these calls.
     """
 
     def __init__(self, config: HubertConfig, clock: Clock | None = None) -> None:
@@ -163,11 +164,21 @@ class HubertModel(nn.Module):
         encoded = self.encode(batch.audio, batch.audio_lens, mask)
         return self._loss(encoded, batch.labels, mask, most_masked)
 
-    def encode(self, audio: Tensor, audio_lens: Tensor | None = None, mask: Tensor | None = None, return_hidden: bool = False) -> Encoded:
+    def encode(
+        self,
+        audio: Tensor,
+        audio_lens: Tensor | None = None,
+        mask: Tensor | None = None,
+        return_hidden: bool = False,
+        stop_after: int | None = None,
+    ) -> Encoded:
         """Audio (N, S) to encoder frames; `mask` (N, T) True where frames are hidden, None hides nothing.
 
+        For `return_hidden` and `stop_after` see the encoder: `encode(audio, lens, stop_after=6).output.frames` are the features of
+        layer 6, for which no later layer is computed.
+
         Raises:
-            ValueError: see `Frontend.check_lens`; a `mask` of another shape or type.
+            ValueError: see `Frontend.check_lens`; a `mask` of another shape or type; no such layer.
         """
         lens = self.frontend.check_lens(audio, audio_lens)
         num_frames = self.frontend.num_frames(audio.shape[1])
@@ -183,7 +194,7 @@ class HubertModel(nn.Module):
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_embedding.to(x.dtype), x)
             x = self._mask_channels(x)
-        return Encoded(self.encoder(x, padding_mask, return_hidden), padding_mask, features)
+        return Encoded(self.encoder(x, padding_mask, return_hidden, stop_after), padding_mask, features)
 
     def draw_mask(self, audio: Tensor, audio_lens: Tensor | None = None) -> Tensor:
         """(N, T) bool, True where frames are to be hidden, drawn on the audio's device from the clock's generator."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from k2ssl.models.encoder_output import EncoderOutput, check_encoder_input
+from k2ssl.models.encoder_output import EncoderOutput, check_encoder_input, check_stop_after
 from k2ssl.nn.conv_position import ConvPosition
 from k2ssl.nn.dropout import Dropout
 from k2ssl.nn.fused_attention import FusedSelfAttention
 from k2ssl.nn.keep_in_graph import keep_in_graph
+from k2ssl.nn.recompute import recompute
 from k2ssl.nn.schedule import Clock
 from k2ssl.structure import check_types
 
@@ -134,6 +137,10 @@ class TransformerEncoder(nn.Module):
         config: sizes and rates.
         clock: the model's clock, which seeds dropout and layer drop; a new one when None.
 
+    Attributes:
+        recompute_layers: in training, keep only the inputs of layers and run each a second time in the backward pass: less memory,
+            more time, the same gradients. Off unless set.
+
     Source: arXiv 2106.07447 (HuBERT), arXiv 2006.11477 (wav2vec 2.0); fairseq's wav2vec2.TransformerEncoder.
     """
 
@@ -149,9 +156,12 @@ class TransformerEncoder(nn.Module):
         self.dropout = Dropout(config.dropout, self.clock)
         self.layers = nn.ModuleList(TransformerLayer(config, self.clock) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
+        self.recompute_layers = False
         self.apply(_init_as_bert)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden: bool = False) -> EncoderOutput:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, return_hidden: bool = False, stop_after: int | None = None
+    ) -> EncoderOutput:
         """Encode.
 
         Args:
@@ -159,28 +169,38 @@ class TransformerEncoder(nn.Module):
             padding_mask: (N, T) bool, True at padding, which lies at the end and leaves each utterance a frame; None means no padding.
             return_hidden: also return the output of each layer. With pre-norm these lie before the final LayerNorm; of a layer dropped
                 in training the output is its input.
+            stop_after: compute the layers up to this one only, counted from 1; `frames` is then its output, without the final
+                LayerNorm of pre-norm. None: all.
 
         Returns:
-            Frames (N, T, C) and `num_layers` hidden tensors (N, T, C), or none.
+            Frames (N, T, C) and a hidden tensor (N, T, C) for each layer computed, or none.
 
         Raises:
-            ValueError: `x` or `padding_mask` has another shape or type.
+            ValueError: `x` or `padding_mask` has another shape or type; no such layer.
         """
         check_encoder_input(x, padding_mask, self.input_dim)
+        check_stop_after(stop_after, self.num_layers)
         visible = None if padding_mask is None else ~padding_mask[:, None, None, :]
         x = self._add_positions(x, padding_mask)
         hidden = []
-        for layer in self.layers:
-            x = self._drop_layer(layer, x) if self._chance_to_drop() else layer(x, visible)
+        for layer in islice(self.layers, stop_after):
+            x = self._drop_layer(layer, x) if self._chance_to_drop() else self._run_layer(layer, x, visible)
             if return_hidden:
                 hidden.append(x)
-        return EncoderOutput(frames=self.norm(x) if self.layer_norm_first else x, hidden=tuple(hidden))
+        if self.layer_norm_first and stop_after is None:
+            x = self.norm(x)
+        return EncoderOutput(frames=x, hidden=tuple(hidden))
 
     def _add_positions(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
         x = x + self.position(x)
         return self.dropout(x if self.layer_norm_first else self.norm(x))
+
+    def _run_layer(self, layer: nn.Module, x: Tensor, visible: Tensor | None) -> Tensor:
+        if self.recompute_layers and self.training and torch.is_grad_enabled():
+            return recompute(layer, self.clock, x, visible)
+        return layer(x, visible)
 
     def _chance_to_drop(self) -> bool:
         return self.training and self.layer_drop > 0 and self.clock.chance(self.layer_drop)

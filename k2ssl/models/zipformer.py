@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2ssl.models.encoder_output import EncoderOutput, check_encoder_input
+from k2ssl.models.encoder_output import EncoderOutput, check_encoder_input, check_stop_after
 from k2ssl.models.zipformer_layer import LayerSizes, ZipformerLayer
 from k2ssl.nn.bypass import Bypass
 from k2ssl.nn.dropout import Dropout, keep_mask
 from k2ssl.nn.positional import relative_positions
+from k2ssl.nn.recompute import recompute
 from k2ssl.nn.resample import Downsample, downsample_mask, upsample
 from k2ssl.nn.schedule import Clock, Schedule
 from k2ssl.structure import check_types
@@ -131,6 +133,7 @@ class ZipformerStack(nn.Module):
         self, sizes: LayerSizes, num_layers: int, downsampling: int, skip_window: tuple[float, float], dropout: Schedule, clock: Clock
     ) -> None:
         super().__init__()
+        self.clock = clock
         self.downsampling = downsampling
         self.pos_dim = sizes.pos_dim
         self.position_dropout = Dropout(_POSITION_DROPOUT, clock)
@@ -143,8 +146,26 @@ class ZipformerStack(nn.Module):
         self.downsample = Downsample(downsampling) if downsampling > 1 else None
         self.out_bypass = Bypass(sizes.dim, clock) if downsampling > 1 else None  # upstream: out_combiner
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None, feature_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """(N, T, C), mask (N, T), mask (N, 1, C) or None -> output (N, T, C) and the output of each layer at the stack's frame rate."""
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        feature_mask: Tensor | None,
+        most_layers: int | None = None,
+        recompute_layers: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the layers, or the first `most_layers` of them.
+
+        Args:
+            x: (N, T, C).
+            padding_mask: (N, T) bool, True at padding, or None.
+            feature_mask: (N, 1, C) of zeros and ones, or None.
+            most_layers: None for all.
+            recompute_layers: keep only the inputs of layers for the backward pass, see `recompute`.
+
+        Returns:
+            The stack's output (N, T, C), and the output of each layer run at the stack's frame rate.
+        """
         start = x
         if self.downsample is not None:
             x = self.downsample(x, padding_mask)
@@ -152,8 +173,9 @@ class ZipformerStack(nn.Module):
         positions = self.position_dropout(relative_positions(x.shape[1], self.pos_dim, x.device).to(x.dtype))
         x = _mask_features(x, feature_mask)
         hidden = []
-        for layer in self.layers:
-            x = _mask_features(layer(x, positions, padding_mask), feature_mask)
+        for layer in islice(self.layers, most_layers):
+            inputs = (x, positions, padding_mask)
+            x = _mask_features(recompute(layer, self.clock, *inputs) if recompute_layers else layer(*inputs), feature_mask)
             hidden.append(x)
         if self.out_bypass is not None:
             x = self.out_bypass(start, upsample(x, self.downsampling, start.shape[1]))
@@ -166,6 +188,10 @@ class Zipformer(nn.Module):
     Args:
         config: sizes.
         clock: what drives schedules and randomness in training; a clock of its own when None.
+
+    Attributes:
+        recompute_layers: in training, keep only the inputs of layers and run each a second time in the backward pass: less memory,
+            more time, the same gradients. Off unless set.
     """
 
     def __init__(self, config: ZipformerConfig, clock: Clock | None = None) -> None:
@@ -175,6 +201,7 @@ class Zipformer(nn.Module):
         self.input_dim = config.dim[0]
         self.output_dim = max(config.dim)
         self.num_layers = sum(config.num_layers)
+        self.recompute_layers = False
         dropout = Schedule((0.0, config.dropout[0]), (20000.0, config.dropout[1]))
         num_stacks = len(config.dim)
         window = config.warmup / (num_stacks + 1)
@@ -199,27 +226,40 @@ class Zipformer(nn.Module):
             for i in range(num_stacks)
         )
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden: bool = False) -> EncoderOutput:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, return_hidden: bool = False, stop_after: int | None = None
+    ) -> EncoderOutput:
         """Encode frames.
 
         Args:
             x: (N, T, dim[0]).
             padding_mask: (N, T) bool, True at padding, which must follow the frames of an utterance; None when nothing is padded.
             return_hidden: also return the output of every layer and of every stack, at the full frame rate.
+            stop_after: compute the layers up to this one only, counted from 1 through all stacks; `frames` is then its output at the
+                full frame rate. After the last layer of a stack, `stacks` includes that stack. None: all.
 
         Raises:
-            ValueError: wrong width, or a mask of another shape or type.
+            ValueError: wrong width, or a mask of another shape or type; no such layer.
         """
         check_encoder_input(x, padding_mask, self.input_dim)
+        check_stop_after(stop_after, self.num_layers)
+        recompute_layers = self.recompute_layers and self.training and torch.is_grad_enabled()
         feature_masks = self._draw_feature_masks(x)
+        layers_left = self.num_layers if stop_after is None else stop_after
         outputs: list[Tensor] = []
         hidden: list[Tensor] = []
-        for stack, dim, factor, feature_mask in zip(self.stacks, self.config.dim, self.config.downsampling, feature_masks, strict=True):
-            x, stack_hidden = stack(_set_channels(x, dim), padding_mask, feature_mask)
-            outputs.append(x)
+        config = self.config
+        stacks = zip(self.stacks, config.num_layers, config.dim, config.downsampling, feature_masks, strict=True)
+        for stack, num_layers, dim, factor, feature_mask in stacks:
+            x, stack_hidden = stack(_set_channels(x, dim), padding_mask, feature_mask, layers_left, recompute_layers)
+            if layers_left >= num_layers:
+                outputs.append(x)
             if return_hidden:
                 hidden += [upsample(h, factor, x.shape[1]) for h in stack_hidden]
-        frames = _last_stack_of_each_channel(outputs)
+            layers_left -= len(stack_hidden)
+            if layers_left == 0:
+                break
+        frames = _last_stack_of_each_channel(outputs) if stop_after is None else upsample(stack_hidden[-1], factor, x.shape[1])
         return EncoderOutput(frames, tuple(hidden), tuple(outputs) if return_hidden else ())
 
     def _draw_feature_masks(self, x: Tensor) -> list[Tensor | None]:

@@ -12,7 +12,9 @@ import itertools
 import math
 import operator
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,21 +63,35 @@ def constant(value: float) -> Schedule:
     return Schedule((0.0, value))
 
 
+@dataclass(frozen=True)
+class ClockSnapshot:
+    """What a forward pass reads of a clock, as of one moment; see `Clock.snapshot`."""
+
+    batch_count: float
+    seed: int
+    host: tuple[Any, ...]
+    generators: Mapping[torch.device, Tensor]
+    loaded_generators: Mapping[str, Tensor]
+    flags: tuple[bool, ...]
+
+
 class Clock:
     """What changes from one training step to the next: the batch count, random generators, and slow flags.
 
-    One clock serves one model. `seed` and `advance` are the only calls a training loop makes.
+    One clock serves one model. A training loop calls `seed` before every forward pass, `advance` once per step and, where several
+    processes train together, `merge_flags` after the last backward pass of the step.
 
     - `batch_count` drives every `Schedule`. It is the adjusted count: seconds of audio seen over a reference batch duration.
     - `chance` answers host-side questions ("does this regulariser act this time?").
     - `generator(device)` draws masks and dropouts on the device.
     - *Flags* are booleans that a backward pass computes on the device and that later host-side decisions use (`Whiten` asks whether
-      its limit was exceeded). `advance` starts copying them to the host and makes use of the copy begun one call earlier: the host
-      waits at most for a step before the last one, and the outcome does not depend on timing.
+      its limit was exceeded). A flag that is set several times in a step, by micro-batches or by the processes that `merge_flags`
+      brings together, is True if it was set to True once: how a step is divided up makes no difference. `advance` starts copying
+      flags to the host and makes use of the copy begun one call earlier: the host waits at most for a step before the last one, and
+      the outcome does not depend on timing.
 
-    A step is replayed bit by bit by restoring the `state_dict` taken before it (seeding alone would not bring back the flags). It
-    differs between ranks, and is what an exact resume must restore. Recomputing a part of a forward pass (activation checkpointing)
-    draws again, so it too needs the state restored around the recomputation.
+    A step is replayed bit by bit by restoring the `state_dict` taken before it (seeding alone would not bring back the flags); it is
+    what an exact resume must restore. Of ranks that merge their flags only the generators differ. Recomputing a part of a forward pass draws again: `replaying` makes it draw the same.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -84,7 +100,8 @@ class Clock:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._loaded_generators: dict[str, Tensor] = {}  # by type of device, until a generator is asked for there
         self._flags_host: list[bool] = []
-        self._flags_device: Tensor | None = None
+        self._flags_device: Tensor | None = None  # (flags,) bool, as of the last `advance`
+        self._pending: Tensor | None = None  # (2, flags) int32, how often set and how often to True since then; where `_flags_device` is
         self._copy: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._seed = 0
         self.seed(seed)
@@ -107,6 +124,10 @@ class Clock:
         if not (math.isfinite(batch_count) and batch_count >= 0):
             raise ValueError(f"Clock.advance: batch_count is {batch_count}, a finite number >= 0 is needed")
         self.batch_count = float(batch_count)
+        if self._flags_device is not None and self._pending is not None:
+            was_set, was_true = self._pending > 0
+            self._flags_device = torch.where(was_set, was_true, self._flags_device)
+            self._pending = None
         if self._copy is not None:
             self._wait_for_copy()
             self._flags_host = self._copy[0].tolist()
@@ -140,12 +161,42 @@ class Clock:
         return self._flags_host[number]
 
     def set_flag(self, number: int, value: Tensor) -> None:
-        """Store a boolean scalar tensor into a flag, on that tensor's device; the host sees it after two `advance` calls."""
-        if self._flags_device is None or self._flags_device.numel() != len(self._flags_host):
-            self._flags_device = torch.tensor(self._flags_host)
-        if self._flags_device.device != value.device:
-            self._flags_device = self._flags_device.to(value.device)
-        self._flags_device[number].copy_(value)
+        """Store a boolean scalar tensor into a flag, on that tensor's device; the host sees it after two `advance` calls. Of several
+        values stored between two `advance` calls one True is enough."""
+        pending = self._pending_on(value.device)
+        pending[0, number].add_(1)
+        pending[1, number].add_(value)
+
+    def merge_flags(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Make the flags set since the last `advance` those of all processes; every process calls it, once per step, before `advance`.
+
+        Does not wait for the device, and does nothing for a model without flags.
+
+        Args:
+            reduce: replaces an int32 tensor by its sum over processes, in place, such as `distributed.all_reduce_sum`.
+            device: the model's. It is asked for because a process that has set no flag yet does not know where to take part.
+        """
+        if self._flags_host:
+            reduce(self._pending_on(device))
+
+    def snapshot(self) -> ClockSnapshot:
+        """What the next draws and host-side decisions depend on, to be put back by `replaying`. Does not wait for the device: what is
+        read of a CUDA generator (seed and offset) lies on the host."""
+        generators = {device: generator.get_state() for device, generator in self._generators.items()}
+        return ClockSnapshot(
+            self.batch_count, self._seed, self._host.getstate(), generators, dict(self._loaded_generators), tuple(self._flags_host)
+        )
+
+    @contextmanager
+    def replaying(self, snapshot: ClockSnapshot) -> Iterator[None]:
+        """Inside the block draws and decisions repeat what followed `snapshot`; afterwards the clock goes on as if nothing had been
+        drawn. Flags may be set inside the block, and stay set; `seed`, `advance` and loading have no place in it."""
+        present = self.snapshot()
+        self._put_back(snapshot)
+        try:
+            yield
+        finally:
+            self._put_back(present)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue exactly, on any machine with the same type of device: plain numbers, lists and CPU tensors.
@@ -159,6 +210,7 @@ class Clock:
             "generators": {**self._loaded_generators, **generators},
             "flags_host": list(self._flags_host),
             "flags_device": None if self._flags_device is None else self._flags_device.cpu().clone(),
+            "flags_pending": None if self._pending is None else self._pending.cpu().clone(),
             "flags_copied": None if self._copy is None else self._copy[0].clone(),
         }
 
@@ -169,7 +221,7 @@ class Clock:
             ValueError: keys are missing or unknown, or the state was saved by a model with another number of flags; nothing has been
                 changed then.
         """
-        expected = {"batch_count", "seed", "host", "generators", "flags_host", "flags_device", "flags_copied"}
+        expected = {"batch_count", "seed", "host", "generators", "flags_host", "flags_device", "flags_pending", "flags_copied"}
         if set(state) != expected:
             raise ValueError(f"Clock.load_state_dict: keys are {sorted(state)}, allowed are exactly {sorted(expected)}")
         if len(state["flags_host"]) != len(self._flags_host):
@@ -183,6 +235,7 @@ class Clock:
         self._loaded_generators = {kind: generator.clone() for kind, generator in state["generators"].items()}
         self._flags_host = list(state["flags_host"])
         self._flags_device = None if state["flags_device"] is None else state["flags_device"].clone()
+        self._pending = None if state["flags_pending"] is None else state["flags_pending"].clone()
         self._copy = None if state["flags_copied"] is None else (state["flags_copied"].clone(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
@@ -199,6 +252,31 @@ class Clock:
         Clock.__init__(self)
         self._flags_host = list(state["flags_host"])
         self.load_state_dict(state)
+
+    def _pending_on(self, device: torch.device) -> Tensor:
+        """The counts of flags set in this step, on `device`; the flags go there too."""
+        num_flags = len(self._flags_host)
+        if self._flags_device is None or self._flags_device.numel() != num_flags:
+            self._flags_device = torch.tensor(self._flags_host)
+        if self._flags_device.device != device:
+            self._flags_device = self._flags_device.to(device, non_blocking=True)
+        if self._pending is None or self._pending.shape[1] != num_flags:
+            self._pending = torch.zeros(2, num_flags, dtype=torch.int32, device=device)
+        elif self._pending.device != device:
+            self._pending = self._pending.to(device, non_blocking=True)
+        return self._pending
+
+    def _put_back(self, snapshot: ClockSnapshot) -> None:
+        self.batch_count = snapshot.batch_count
+        self._seed = snapshot.seed
+        self._host.setstate(snapshot.host)
+        self._flags_host = list(snapshot.flags)
+        self._loaded_generators = dict(snapshot.loaded_generators)
+        for device, generator in list(self._generators.items()):
+            if device in snapshot.generators:
+                generator.set_state(snapshot.generators[device])
+            else:
+                del self._generators[device]  # it was made later; `generator` makes it again as it did then
 
     def _wait_for_copy(self) -> None:
         if self._copy is not None and self._copy[1] is not None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from k2ssl.nn.schedule import Clock, Schedule, constant
 
-_PROBABILITY_ABOVE = 0.25  # fraction of calls on which it acts while the last metric was above the limit
+_PROBABILITY_ABOVE = 0.25  # fraction of calls on which it acts while the metric was above the limit when last seen
 _PROBABILITY_BELOW = 0.025
 _EPS = 1e-20
 
@@ -22,8 +22,9 @@ class Whiten(nn.Module):
     """Identity on x (..., C); where the whitening metric exceeds `limit`, backward adds the metric's gradient.
 
     The added gradient has `grad_scale` times the norm of the incoming one. The metric is 1 for perfectly white data and C/groups for
-    rank one. It acts on a quarter of the training calls while the last metric seen was above the limit, else on one in forty; that
-    memory is a flag of the clock, computed on the device and used on the host without waiting (see `Clock`).
+    rank one. It acts on a quarter of the training calls while the metric was above the limit in the last step that computed it (on any
+    micro-batch, in any process), else on one in forty; that memory is a flag of the clock, computed on the device and used on the
+    host without waiting (see `Clock`).
 
     Args:
         clock: source of the batch count, of randomness, and of the flag.

@@ -263,6 +263,16 @@ def test_under_autocast_what_layers_add_to_and_the_logits_are_float32() -> None:
         assert frames.dtype == model.heads[0](frames[0]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", _MODELS)
+def test_features_of_a_layer_do_not_need_the_later_ones(name: str) -> None:
+    model = _tiny(**_MODELS[name]).eval()
+    audio, lens = torch.randn(2, 6000), torch.tensor([6000, 5000])
+    full = model.encode(audio, lens, return_hidden=True)
+    stopped = model.encode(audio, lens, stop_after=1)
+    assert torch.equal(stopped.output.frames, full.output.hidden[0]) and not torch.equal(stopped.output.frames, full.output.frames)
+    assert stopped.padding_mask is not None and torch.equal(stopped.padding_mask, full.padding_mask)
+
+
 def test_hidden_frames_are_replaced_by_the_mask_embedding() -> None:
     model = _tiny()
     seen: list[torch.Tensor] = []

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchaudio.models import wav2vec2_model
 
+from k2ssl.models.encoder_output import EncoderOutput
 from k2ssl.models.transformer import TransformerConfig, TransformerEncoder
 from k2ssl.nn.dropout import Dropout
 from k2ssl.nn.schedule import Clock
@@ -210,6 +211,35 @@ def test_a_dropped_layer_passes_its_input_on() -> None:
     output = encoder(x, return_hidden=True)
     assert torch.equal(output.frames, encoder.norm(x + encoder.position(x)))
     assert all(torch.equal(hidden, output.frames) for hidden in output.hidden)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layer_norm_first", [False, True])
+def test_stopping_after_a_layer_gives_the_same_bits_and_runs_no_later_layer(layer_norm_first: bool, training: bool) -> None:
+    encoder = make_encoder(replace(TINY, num_layers=4, layer_drop=0.3, layer_norm_first=layer_norm_first)).train(training)
+    x, padding_mask = torch.randn(2, 9, TINY.dim), mask_for([9, 6], 9)
+    ran: list[int] = []
+    for number, layer in enumerate(encoder.layers, 1):
+        layer.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
+
+    def encode(**options: object) -> EncoderOutput:
+        ran.clear()
+        encoder.clock.seed(3)
+        return encoder(x, padding_mask, **options)
+
+    full = encode(return_hidden=True)
+    ran_fully = list(ran)
+    assert training or ran_fully == [1, 2, 3, 4]
+    for number in range(1, 5):
+        stopped = encode(return_hidden=True, stop_after=number)
+        assert ran == [layer for layer in ran_fully if layer <= number]
+        assert torch.equal(stopped.frames, full.hidden[number - 1])
+        assert all(torch.equal(one, two) for one, two in zip(stopped.hidden, full.hidden[:number], strict=True))
+        alone = encode(stop_after=number)
+        assert torch.equal(alone.frames, stopped.frames) and alone.hidden == ()
+    for number in (0, -1, 5):
+        with pytest.raises(ValueError, match=f"stop_after is {number}, allowed are layers 1 to 4"):
+            encode(stop_after=number)
 
 
 def test_layers_drop_at_the_configured_rate() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2ssl.models.encoder_output import EncoderOutput
 from k2ssl.models.import_state import import_state_dict
 from k2ssl.models.zipformer import Zipformer, ZipformerConfig
 
@@ -134,6 +135,38 @@ def test_hidden_outputs_are_one_per_layer_and_one_per_stack_at_the_full_rate(tin
     assert [tuple(h.shape) for h in out.hidden] == [(2, 19, 48), (2, 19, 64), (2, 19, 96), (2, 19, 96)]
     assert [tuple(h.shape) for h in out.stacks] == [(2, 19, 48), (2, 19, 64), (2, 19, 96)]
     assert torch.equal(out.frames, out.stacks[-1]) and tiny(torch.randn(1, 3, 48)).hidden == ()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_stopping_after_a_layer_gives_the_same_bits_and_runs_no_later_layer(training: bool) -> None:
+    torch.manual_seed(2)
+    model = Zipformer(dataclasses.replace(ZipformerConfig.tiny(), num_layers=(2, 1, 2))).train(training)
+    x, padding_mask = torch.randn(2, 19, 48), torch.zeros(2, 19, dtype=torch.bool)
+    padding_mask[1, 13:] = True
+    ran: list[int] = []
+    layers = [layer for stack in model.stacks for layer in stack.layers]
+    for number, layer in enumerate(layers, 1):
+        layer.register_forward_pre_hook(lambda module, args, number=number: ran.append(number))
+
+    def encode(**options: object) -> EncoderOutput:
+        ran.clear()
+        model.clock.seed(3)
+        return model(x, padding_mask, **options)
+
+    full = encode(return_hidden=True)
+    assert len(full.hidden) == 5
+    for number, stacks in enumerate([0, 1, 2, 2, 3], 1):
+        stopped = encode(return_hidden=True, stop_after=number)
+        assert ran == list(range(1, number + 1))
+        assert torch.equal(stopped.frames, full.hidden[number - 1])
+        assert len(stopped.hidden) == number and len(stopped.stacks) == stacks
+        for one, two in zip((*stopped.hidden, *stopped.stacks), (*full.hidden[:number], *full.stacks[:stacks]), strict=True):
+            assert torch.equal(one, two)
+        alone = encode(stop_after=number)
+        assert torch.equal(alone.frames, stopped.frames) and alone.hidden == alone.stacks == ()
+    for number in (0, -1, 6):
+        with pytest.raises(ValueError, match=f"stop_after is {number}, allowed are layers 1 to 5"):
+            encode(stop_after=number)
 
 
 def test_each_output_channel_comes_from_the_last_stack_that_has_it() -> None:

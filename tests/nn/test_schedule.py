@@ -67,6 +67,153 @@ def test_a_flag_takes_effect_at_the_second_advance_after_it_was_set() -> None:
     assert clock.flag(other)
 
 
+def _set(clock: Clock, values: dict[int, list[bool]]) -> None:
+    for number, of_one in values.items():
+        for value in of_one:
+            clock.set_flag(number, torch.tensor(value))
+
+
+def _flags_after(clock: Clock, steps: int = 2) -> list[bool]:
+    for _ in range(steps):
+        clock.advance(1)
+    return [clock.flag(number) for number in range(len(clock.state_dict()["flags_host"]))]
+
+
+def test_a_flag_is_true_if_any_micro_batch_set_it_so_and_stays_where_none_set_it() -> None:
+    clock = Clock()
+    for _ in range(5):
+        clock.add_flag()
+    _set(clock, {0: [True, False], 1: [False, True], 2: [False, False], 3: [False]})
+    assert _flags_after(clock) == [True, True, False, False, True]
+    _set(clock, {0: [False], 3: [False, True]})  # what an earlier step set counts no more
+    assert _flags_after(clock) == [False, True, False, True, True]
+
+
+def test_flags_merged_over_processes_are_those_of_one_process_that_saw_all() -> None:
+    rng = random.Random(0)
+    ranks, one = (Clock(), Clock(), Clock()), Clock()
+    seen = set()
+    counts: list[torch.Tensor] = []
+
+    def collect(tensor: torch.Tensor) -> torch.Tensor:
+        counts.append(tensor)
+        return tensor
+
+    for clock in (*ranks, one):
+        for _ in range(8):
+            clock.add_flag()
+    for step in range(40):
+        for clock in ranks:
+            for _ in range(rng.randrange(3)):
+                values = {rng.randrange(8): [rng.random() < 0.3]}
+                _set(clock, values)
+                _set(one, values)
+        counts.clear()
+        for clock in ranks:
+            clock.merge_flags(collect, torch.device("cpu"))
+        total = torch.stack(counts).sum(0)
+        for tensor in counts:
+            tensor.copy_(total)
+        for clock in (*ranks, one):
+            clock.advance(step)
+        flags = [[clock.flag(number) for number in range(8)] for clock in (*ranks, one)]
+        assert flags == [flags[-1]] * 4
+        seen.add(tuple(flags[-1]))
+    assert len(seen) > 10
+
+
+def test_a_process_that_set_no_flag_takes_part_and_a_model_without_flags_does_not() -> None:
+    calls: list[torch.Tensor] = []
+
+    def reduce(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(tensor.clone())
+        return tensor.add_(torch.tensor([[0, 2], [0, 0]], dtype=tensor.dtype))  # another process set flag 1 to False twice
+
+    clock = Clock()
+    clock.merge_flags(reduce, torch.device("cpu"))
+    assert calls == []
+    clock.add_flag(), clock.add_flag()
+    clock.merge_flags(reduce, torch.device("cpu"))
+    assert len(calls) == 1 and calls[0].dtype == torch.int32 and not calls[0].any()
+    assert _flags_after(clock) == [True, False]
+
+
+@pytest.mark.parametrize("carry", ["state_dict", "deepcopy"])
+def test_what_was_set_since_the_last_advance_is_carried_along(carry: str) -> None:
+    clock = Clock()
+    for _ in range(3):
+        clock.add_flag()
+    _set(clock, {0: [False], 1: [False]})
+    if carry == "deepcopy":
+        other = copy.deepcopy(clock)
+    else:
+        other = Clock()
+        for _ in range(3):
+            other.add_flag()
+        state = clock.state_dict()
+        as_saved = copy.deepcopy(state)
+        other.load_state_dict(state)
+        _set(clock, {2: [True]})
+        _set(other, {2: [True]})
+        assert _same_state(state, as_saved)  # what is saved is a copy, and what is loaded is another
+    _set(other, {1: [True]})
+    assert _flags_after(other) == [False, True, True]
+    assert _flags_after(clock) == [False, False, True]
+
+
+def _same_state(one: object, two: object) -> bool:
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_same_state(one[key], two[key]) for key in one)
+    if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+        return torch.equal(one, two)
+    return one == two
+
+
+@pytest.mark.parametrize("drawn_before", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_replay_repeats_the_draws_and_leaves_no_trace(drawn_before: bool, loaded: bool) -> None:
+    clock = Clock(3)
+    if drawn_before:
+        _draws(clock)
+    if loaded:  # generators are then made from the loaded state at first use
+        clock.load_state_dict(copy.deepcopy(clock.state_dict()))
+    snapshot = clock.snapshot()
+    first = _draws(clock)
+    _draws(clock)
+    before = clock.state_dict()
+    with pytest.raises(KeyError), clock.replaying(snapshot):
+        _draws(clock)
+        raise KeyError
+    assert _same_state(clock.state_dict(), before)
+    for _ in range(2):
+        with clock.replaying(snapshot):
+            again = _draws(clock)
+        assert again[0] == first[0] and torch.equal(again[1], first[1]) and again[2] == first[2]
+        assert _same_state(clock.state_dict(), before)
+
+
+def test_a_replay_reaches_over_the_next_seed_and_the_next_step() -> None:
+    clock = Clock(3)
+    number = clock.add_flag()
+    clock.advance(7)
+    snapshot = clock.snapshot()
+    first = _draws(clock)
+    clock.set_flag(number, torch.tensor(False))
+    clock.seed(8)
+    clock.advance(8)
+    clock.advance(9)
+    with clock.replaying(snapshot):
+        assert (clock.batch_count, clock.flag(number)) == (7, True)
+        again = _draws(clock)
+        clock.set_flag(number, torch.tensor(True))
+    assert again[0] == first[0] and torch.equal(again[1], first[1])
+    assert (clock.batch_count, clock.flag(number)) == (9, False)
+    assert _flags_after(clock) == [True]  # a flag set inside stays set
+    expected = Clock()
+    expected.seed(8)
+    assert _draws(clock)[0] == _draws(expected)[0]
+
+
 def test_a_saved_clock_continues_exactly_through_a_file_that_is_loaded_without_unpickling() -> None:
     clock = Clock(3)
     number = clock.add_flag()
