@@ -74,6 +74,10 @@ class NoLabels:
     """As much of a label store as is needed to read the manifest only."""
 
     contract = SimpleNamespace(frame_rate=50.0)
+    identity = "none"
+
+    def __contains__(self, cut_id: object) -> bool:
+        return True
 
     def labels(self, cut_id: str) -> np.ndarray:
         raise AssertionError(f"nobody asks for the labels of {cut_id}")

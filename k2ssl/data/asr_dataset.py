@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from torch.utils.data import Dataset
-
 from k2ssl.batch import AsrBatch
 from k2ssl.data.audio import read_padded
-from k2ssl.data.audio_dataset import Loaded, Request, as_pairs
+from k2ssl.data.audio_dataset import BatchDataset, Loaded, Request, as_pairs
 from k2ssl.data.intake import transcript
 
 
-class AsrDataset(Dataset[Loaded[AsrBatch]]):
+class AsrDataset(BatchDataset[AsrBatch]):
     """Audio zero-padded at the end, and the text of each cut's supervisions.
 
     Args:
         normalize: bring every utterance, without its padding, to zero mean and unit variance.
     """
-
-    def __init__(self, normalize: bool = False) -> None:
-        self.normalize = normalize
 
     def __getitem__(self, request: Request) -> Loaded[AsrBatch]:
         audio, lens, read, failures = read_padded(request.cuts, self.normalize)

@@ -40,11 +40,27 @@ class Loaded(Generic[B]):
         return self if batch is None else replace(self, batch=batch.pin_memory())
 
 
-class AudioDataset(Dataset[Loaded[AudioBatch]]):
-    """Whole cuts, zero-padded at the end."""
+class BatchDataset(Dataset[Loaded[B]], Generic[B]):
+    """Turns requests into batches; the base of all datasets here.
+
+    Args:
+        normalize: bring every utterance to zero mean and unit variance.
+    """
 
     def __init__(self, normalize: bool = False) -> None:
         self.normalize = normalize
+
+    def __getitem__(self, request: Request) -> Loaded[B]:
+        """The batch asked for; cuts that cannot be read are left out of it and named."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What two datasets must have in common to make the same batch of the same request: plain values by name."""
+        return {"normalize": self.normalize}
+
+
+class AudioDataset(BatchDataset[AudioBatch]):
+    """Whole cuts, zero-padded at the end."""
 
     def __getitem__(self, request: Request) -> Loaded[AudioBatch]:
         audio, lens, read, failures = read_padded(request.cuts, self.normalize)

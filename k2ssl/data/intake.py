@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from lhotse.cut import Cut, MultiCut
@@ -23,6 +23,7 @@ class Intake:
         min_seconds: shorter cuts are refused; a cut without a single sample always is.
         max_seconds: longer cuts are refused; None refuses none.
         need_text: refuse cuts whose transcript is empty.
+        labelled: refuse cuts whose id is missing in any of these; label stores answer from their index, without reading labels.
         on_refusal: told (cut id, reason) of every cut that is refused.
     """
 
@@ -32,12 +33,14 @@ class Intake:
         min_seconds: float = 0.0,
         max_seconds: float | None = None,
         need_text: bool = False,
+        labelled: Sequence[Container[str]] = (),
         on_refusal: Callable[[str, str], None] | None = None,
     ) -> None:
         self.sample_rate = sample_rate
         self.min_samples = max(1, round(min_seconds * sample_rate))
         self.max_samples = None if max_seconds is None else round(max_seconds * sample_rate)
         self.need_text = need_text
+        self.labelled = tuple(labelled)
         self.on_refusal = on_refusal
         self.excluded: Counter[str] = Counter()
         self._said: set[object] = set()
@@ -63,7 +66,13 @@ class Intake:
             return f"longer than {self.max_samples / self.sample_rate:g} s"
         if self.need_text and not transcript(cut):
             return "with an empty transcript"
+        if not all(cut.id in store for store in self.labelled):
+            return "without labels"
         return None
+
+    def identity(self) -> dict[str, Any]:
+        """What two must have in common to let the same cuts through, apart from what is labelled."""
+        return {name: getattr(self, name) for name in ("sample_rate", "min_samples", "max_samples", "need_text")}
 
     def adapt(self, cut: Cut) -> Cut:
         """`cut` with one channel and at the wanted rate; nothing is read."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from lhotse.cut import Cut
 
 from k2ssl.data.label_index import IdListHash, id_digest
 from k2ssl.data.labels import LabelStore, cut_digest, samples_of
+
+SKIPPED = "skipped-*.tsv"  # in the folder of a store: lines "ID<tab>reason" of the cuts that labelling left out
 
 _SHOWN = 5
 _FAR_SMALLER = 0.8  # of the head's classes; published heads round 500 clusters up to 504
@@ -22,6 +25,7 @@ class ContractReport:
     Attributes:
         folder: of the labels.
         num_cuts: how many cuts were looked at.
+        num_skipped: how many of them have no labels, as the lists of skipped cuts in the folder say.
         num_classes: of the labels.
         head_classes: of the model's head.
         unused_classes: how many of the labels' classes never occur.
@@ -31,6 +35,7 @@ class ContractReport:
 
     folder: str
     num_cuts: int
+    num_skipped: int
     num_classes: int
     head_classes: int
     unused_classes: int
@@ -60,6 +65,8 @@ def check_labels_fit(
 ) -> ContractReport:
     """Hold a label store against the model and the cuts that it is to be trained with.
 
+    Cuts without labels are let through, and noted, if labelling listed them as skipped: loading leaves them out.
+
     Args:
         store: the labels.
         num_classes: of the model's head for this label set.
@@ -73,6 +80,8 @@ def check_labels_fit(
 
     Raises:
         ValueError: everything found wrong with the store as a whole or, if nothing is, with the cuts; names both sides of each mismatch.
+            Or a list of skipped cuts is damaged.
+        OSError: one cannot be read.
     """
     label_rate = frame_rate if label_rate is None else label_rate
     problems = list(_problems_of_store(store, num_classes, label_rate, sample_rate, max_unused_share, require_lineage))
@@ -87,11 +96,12 @@ def check_labels_fit(
     return ContractReport(
         folder=str(store.folder),
         num_cuts=pass_over_cuts.num_cuts,
+        num_skipped=pass_over_cuts.num_skipped,
         num_classes=contract.num_classes,
         head_classes=num_classes,
         unused_classes=contract.histogram.count(0),
         largest_difference=pass_over_cuts.largest_difference,
-        notes=tuple(_notes(store, num_classes, pass_over_cuts.num_cuts)),
+        notes=tuple(_notes(store, num_classes, pass_over_cuts)),
     )
 
 
@@ -114,16 +124,36 @@ def _problems_of_store(
         yield f"{name}: the contract does not say where they come from (lineage without {', '.join(missing)}), a known origin is required"
 
 
-def _notes(store: LabelStore, num_classes: int, num_cuts: int) -> Iterator[str]:
+def _notes(store: LabelStore, num_classes: int, checked: _CutPass) -> Iterator[str]:
     if store.contract.num_classes < _FAR_SMALLER * num_classes:
         yield (
             f"labels in {store.folder} have {store.contract.num_classes} classes, the head {num_classes}: "
             f"{num_classes - store.contract.num_classes} outputs will never be a target"
         )
-    if num_cuts < len(store):
-        yield f"labels in {store.folder} are of {len(store)} cuts, {num_cuts} were checked here"
+    if checked.num_skipped:
+        yield (
+            f"labels in {store.folder}: {checked.num_skipped} of {checked.num_cuts} cuts have none, being listed in {SKIPPED} there; "
+            "loading leaves them out"
+        )
+    if checked.num_labelled < len(store):
+        yield f"labels in {store.folder} are of {len(store)} cuts, {checked.num_labelled} were checked here"
     if missing := store.contract.lineage.missing():
         yield f"labels in {store.folder} do not say where they come from: lineage without {', '.join(missing)}"
+
+
+def _skipped_ids(folder: Path) -> set[str]:
+    """The cuts that labelling listed as left out; they are few (`max_skipped` of the program)."""
+    skipped: set[str] = set()
+    for path in sorted(folder.glob(SKIPPED)):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            cut_id, tab, _ = line.partition(b"\t")
+            try:
+                skipped.add(cut_id.decode())
+            except UnicodeDecodeError:
+                tab = b""
+            if not tab or not cut_id:
+                raise ValueError(f"{path}: line {number} is {line!r}, not a cut id, a tab and a reason")
+    return skipped
 
 
 class _CutPass:
@@ -134,8 +164,9 @@ class _CutPass:
         self.labels_per_frame = labels_per_frame
         self.sample_rate = sample_rate
         self.num_frames = num_frames
-        self.num_cuts = 0
+        self.num_cuts, self.num_labelled, self.num_skipped = 0, 0, 0
         self.largest_difference = 0.0
+        self._skipped = _skipped_ids(store.folder)
         self._num_unlabelled, self._num_misfits = 0, 0
         self._unlabelled: list[str] = []
         self._misfits: list[str] = []
@@ -144,13 +175,17 @@ class _CutPass:
     def add(self, cut: Cut) -> None:
         """Look at one cut."""
         self.num_cuts += 1
-        self._ids.add(id_digest(cut.id))
         self._cuts.add(cut_digest(cut))
         if cut.id not in self.store:
+            if cut.id in self._skipped:
+                self.num_skipped += 1
+                return
             self._num_unlabelled += 1
             if len(self._unlabelled) < _SHOWN:
                 self._unlabelled.append(repr(cut.id))
             return
+        self.num_labelled += 1
+        self._ids.add(id_digest(cut.id))
         count = self.store.num_labels(cut.id)
         frames = self.num_frames(samples_of(cut, self.sample_rate))
         difference = abs(count - frames * self.labels_per_frame)
@@ -165,10 +200,13 @@ class _CutPass:
         name = f"labels in {self.store.folder} (split {self.store.contract.split!r}, {len(self.store)} cuts)"
         if self.num_cuts == 0:
             yield f"{name}: the cut list is empty, nothing can be checked or trained on"
+        elif self.num_skipped == self.num_cuts:
+            yield f"{name}: all {self.num_cuts} cuts of the cut list were skipped by labelling ({SKIPPED} there), nothing can be trained on"
         if self._num_unlabelled:
-            of_another = ": these are labels of another split or cut list" if self._num_unlabelled == self.num_cuts else ""
+            of_another = ": these are labels of another split or cut list" if not self.num_labelled else ""
             shown = _shown(self._unlabelled, self._num_unlabelled)
-            yield f"{name}: {self._num_unlabelled} of {self.num_cuts} cuts of the cut list have no labels{of_another}: {shown}"
+            listed = f" (and {self.num_skipped} that were skipped)" if self.num_skipped else ""
+            yield f"{name}: {self._num_unlabelled} of {self.num_cuts} cuts of the cut list have no labels{listed}{of_another}: {shown}"
         if self._num_misfits:
             shown = _shown(self._misfits, self._num_misfits, "; ")
             yield f"{name}: {self._num_misfits} of {self.num_cuts} cuts have labels of another length (allowed: one frame): {shown}"
@@ -177,10 +215,10 @@ class _CutPass:
     def _problems_of_whole_list(self, name: str) -> Iterator[str]:
         """A list as long as the labelled one must be that one; a shorter one is a sample or was filtered."""
         labelled = self.store.contract.lineage.cuts_sha256
-        if self._num_unlabelled or not self.num_cuts:
+        if self._num_unlabelled or not self.num_labelled:
             return
-        if self.num_cuts == len(self.store) and str(self._ids) != self.store.contract.ids_sha256:
-            yield f"{name}: made for the cuts {self.store.contract.ids_sha256} (count:hash of ids), the cut list holds {self._ids}"
+        if self.num_labelled == len(self.store) and str(self._ids) != self.store.contract.ids_sha256:
+            yield f"{name}: made for the cuts {self.store.contract.ids_sha256} (count:hash of ids), those of the cut list with labels are {self._ids}"
         elif labelled.startswith(f"{self.num_cuts}:") and str(self._cuts) != labelled:
             yield f"{name}: made for the cut list {labelled} (count:hash of ids and durations), this one is {self._cuts}"
 

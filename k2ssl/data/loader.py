@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from lhotse.cut import Cut
 
 from k2ssl.batch import AsrBatch, AudioBatch, PretrainBatch
 from k2ssl.data.asr_dataset import AsrDataset
 from k2ssl.data.audio_dataset import AudioDataset
-from k2ssl.data.batch_loader import BatchLoader, OnError, SamplingConfig
+from k2ssl.data.batch_loader import BatchLoader, LoaderOptions, OnError, SamplingConfig
 from k2ssl.data.intake import Intake
 from k2ssl.data.mixture import Corpora
 from k2ssl.data.pretrain_dataset import LabelSource, PretrainDataset
 
-__all__ = ["BatchLoader", "Corpora", "OnError", "asr_loader", "audio_loader", "pretrain_loader"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["BatchLoader", "Corpora", "LoaderOptions", "OnError", "asr_loader", "audio_loader", "pretrain_loader"]
 
 
 def audio_loader(
     cuts: Iterable[Cut],
     *,
     max_duration: float,
-    sample_rate: int = 16000,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
     shuffle: bool = False,
+    sample_rate: int = 16000,
     normalize: bool = False,
-    pin_memory: bool = False,
-    on_error: OnError | None = None,
+    **options: Unpack[LoaderOptions],
 ) -> BatchLoader[AudioBatch]:
     """Whole cuts for labelling: every cut exactly once over all ranks, zero-padded, batched by duration.
 
@@ -39,27 +37,14 @@ def audio_loader(
     Args:
         cuts: lazy or not; iterated once per epoch.
         max_duration: seconds of audio in a batch, padding included.
+        shuffle: see `SamplingConfig`.
+        sample_rate: of the batches, Hz; other audio is resampled.
         normalize: bring every cut to zero mean and unit variance.
-        on_error: told (cut id, reason) of every cut whose audio cannot be read, on the rank whose cut it is, and on rank 0 of every cut
-            without a single sample; None raises on the former.
-        sample_rate, num_workers, rank, world_size, seed, epoch, pin_memory: see `BatchLoader`.
+        options: see `LoaderOptions`. `on_error` is also told of every cut without a single sample, on rank 0.
     """
-    intake = Intake(sample_rate, on_refusal=on_error if rank == 0 else None)
+    intake = Intake(sample_rate, on_refusal=options.get("on_error") if options.get("rank", 0) == 0 else None)
     sampling = SamplingConfig(max_duration, shuffle=shuffle, drop_incomplete=False)
-    return BatchLoader(
-        Corpora((cuts,)),
-        intake,
-        AudioDataset(normalize),
-        sampling,
-        crop_seconds=None,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        epoch=epoch,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        on_error=on_error,
-    )
+    return BatchLoader(Corpora((cuts,)), intake, AudioDataset(normalize), sampling, **options)
 
 
 def pretrain_loader(
@@ -71,45 +56,33 @@ def pretrain_loader(
     num_buckets: int = 30,
     buffer_size: int = 20000,
     shuffle: bool = True,
+    drop_incomplete: bool = True,
     min_seconds: float = 2.0,
     max_seconds: float = 15.625,
     sample_rate: int = 16000,
     normalize: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    on_error: OnError | None = None,
+    **options: Unpack[LoaderOptions],
 ) -> BatchLoader[PretrainBatch]:
-    """Random crops with labels; every rank gets the same number of batches.
+    """Random crops with labels.
+
+    Utterances that any of the stores has no labels for are left out and counted: labelling leaves out what it cannot read.
 
     Args:
         cuts: a cut set, or several with weights.
         stores: one label store per label set.
         max_duration: seconds of audio in a batch of one rank. An utterance counts with what is left of it after the crop to `max_seconds`.
-        min_seconds: shorter utterances are left out; longer ones than `max_seconds` are cropped, never left out.
-        normalize: see `PretrainDataset`.
         quadratic_duration, num_buckets, buffer_size, shuffle: see `SamplingConfig`.
-        sample_rate, rank, world_size, seed, epoch, num_workers, pin_memory, on_error: see `BatchLoader`.
+        drop_incomplete: True for training: every rank gets the same number of batches. False for validation: every utterance exactly once.
+        min_seconds: shorter utterances are left out; longer ones than `max_seconds` are cropped, never left out.
+        sample_rate: of the batches, Hz; other audio is resampled.
+        normalize: see `PretrainDataset`.
+        options: see `LoaderOptions`.
     """
-    sampling = SamplingConfig(max_duration, quadratic_duration, num_buckets, buffer_size, shuffle=shuffle)
+    seed = options.get("seed", 0)
     dataset = PretrainDataset(stores, sample_rate=sample_rate, max_seconds=max_seconds, normalize=normalize, seed=seed)
-    return BatchLoader(
-        cuts if isinstance(cuts, Corpora) else Corpora((cuts,)),
-        Intake(sample_rate, min_seconds),
-        dataset,
-        sampling,
-        crop_seconds=max_seconds,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        epoch=epoch,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        on_error=on_error,
-    )
+    intake = Intake(sample_rate, min_seconds, labelled=stores)
+    sampling = SamplingConfig(max_duration, quadratic_duration, num_buckets, buffer_size, shuffle=shuffle, drop_incomplete=drop_incomplete)
+    return BatchLoader(_corpora(cuts), intake, dataset, sampling, crop_seconds=max_seconds, **options)
 
 
 def asr_loader(
@@ -125,37 +98,24 @@ def asr_loader(
     max_seconds: float | None = None,
     sample_rate: int = 16000,
     normalize: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    on_error: OnError | None = None,
+    **options: Unpack[LoaderOptions],
 ) -> BatchLoader[AsrBatch]:
     """Whole utterances with transcripts, zero-padded. Utterances with an empty transcript are left out and counted.
 
     Args:
         cuts: a cut set, or several with weights.
         max_duration: seconds of audio in a batch of one rank, padding included.
+        quadratic_duration, num_buckets, buffer_size, shuffle: see `SamplingConfig`.
         drop_incomplete: True for training: every rank gets the same number of batches. False for decoding: every utterance exactly once.
         min_seconds, max_seconds: utterances outside are left out and counted; None: none is too long.
+        sample_rate: of the batches, Hz; other audio is resampled.
         normalize: see `AsrDataset`.
-        quadratic_duration, num_buckets, buffer_size, shuffle: see `SamplingConfig`.
-        sample_rate, rank, world_size, seed, epoch, num_workers, pin_memory, on_error: see `BatchLoader`.
+        options: see `LoaderOptions`.
     """
+    intake = Intake(sample_rate, min_seconds, max_seconds, need_text=True)
     sampling = SamplingConfig(max_duration, quadratic_duration, num_buckets, buffer_size, shuffle=shuffle, drop_incomplete=drop_incomplete)
-    return BatchLoader(
-        cuts if isinstance(cuts, Corpora) else Corpora((cuts,)),
-        Intake(sample_rate, min_seconds, max_seconds, need_text=True),
-        AsrDataset(normalize),
-        sampling,
-        crop_seconds=None,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        epoch=epoch,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        on_error=on_error,
-    )
+    return BatchLoader(_corpora(cuts), intake, AsrDataset(normalize), sampling, **options)
+
+
+def _corpora(cuts: Iterable[Cut] | Corpora) -> Corpora:
+    return cuts if isinstance(cuts, Corpora) else Corpora((cuts,))

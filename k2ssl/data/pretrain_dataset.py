@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lhotse.cut import Cut
-from torch.utils.data import Dataset
 
 from k2ssl.batch import PretrainBatch
 from k2ssl.data.audio import AudioError, num_samples, read_samples, read_utterance
-from k2ssl.data.audio_dataset import Loaded, Request, as_pairs
+from k2ssl.data.audio_dataset import BatchDataset, Loaded, Request, as_pairs
 from k2ssl.data.mixture import repetition
 from k2ssl.data.stable_hash import stable_index
 
@@ -27,17 +26,24 @@ _MISMATCH_SECONDS = 0.1  # or three shifts: labels and audio that differ by more
 
 
 class LabelSource(Protocol):
-    """The part of `k2ssl.data.labels.LabelStore` that a dataset needs."""
+    """The part of `k2ssl.data.labels.LabelStore` that loading needs."""
+
+    @property
+    def identity(self) -> str:
+        """Differs as soon as any label differs."""
 
     @property
     def contract(self) -> Any:
         """Has `frame_rate`, Hz."""
 
+    def __contains__(self, cut_id: object) -> bool:
+        """Whether there are labels of a cut; reads none."""
+
     def labels(self, cut_id: str) -> np.ndarray:
         """(L,) integers of one cut."""
 
 
-class PretrainDataset(Dataset[Loaded[PretrainBatch]]):
+class PretrainDataset(BatchDataset[PretrainBatch]):
     """Crops and their labels.
 
     A crop's position is a function of the seed, the epoch, the cut's id and how often it was drawn in this epoch: neither workers nor
@@ -64,12 +70,12 @@ class PretrainDataset(Dataset[Loaded[PretrainBatch]]):
         normalize: bool = False,
         seed: int = 0,
     ) -> None:
+        super().__init__(normalize)
         if not stores:
             raise ValueError("PretrainDataset: stores is empty, at least one label store is needed")
         self.stores = tuple(stores)
         self.sample_rate = sample_rate
         self.max_samples = round(max_seconds * sample_rate)
-        self.normalize = normalize
         self.seed = seed
         self.shifts = tuple(_shift(i, store.contract.frame_rate, sample_rate) for i, store in enumerate(stores))
         self.grid = math.lcm(*self.shifts)
@@ -102,6 +108,10 @@ class PretrainDataset(Dataset[Loaded[PretrainBatch]]):
             return Loaded(None, as_pairs(failures))
         stacked = tuple(_stack(rows, length // shift) for rows, shift in zip(zip(*crops, strict=True), self.shifts, strict=True))
         return Loaded(PretrainBatch(torch.from_numpy(audio[: len(ids)]), stacked, ids=tuple(ids)), as_pairs(failures))
+
+    def identity(self) -> dict[str, Any]:
+        """See `BatchDataset`; `labels` holds the identity of each store."""
+        return {**super().identity(), "labels": [store.identity for store in self.stores]}
 
     def crop_start(self, cut: Cut, usable: int, length: int, epoch: int) -> int:
         """First sample of the crop of `length` out of `usable` samples: every multiple of the label grid that fits is as likely."""

@@ -129,3 +129,11 @@ def test_an_interrupted_epoch_goes_on_with_the_same_batches(recording: Recording
     again = before + list(resumed)
     assert len(straight) > 4 and [batch.ids for batch in again] == [batch.ids for batch in straight]
     assert all(torch.equal(ours.audio, theirs.audio) for ours, theirs in zip(again, straight, strict=True))
+
+
+def test_a_state_of_a_loader_that_left_out_other_cuts_is_refused(recording: Recording) -> None:
+    ours, other = (asr_loader(corpus(recording), max_duration=9.0, num_buckets=2) for _ in range(2))
+    for name, intake in {"need_text was True": Intake(RATE), "max_samples was None": Intake(RATE, max_seconds=6.0, need_text=True)}.items():
+        other.intake = intake
+        with pytest.raises(ValueError, match=f"loader state: {name} when it was saved and is"):
+            other.load_state_dict(ours.state_dict())

@@ -43,7 +43,8 @@ def label(
     used_classes: int | None = None,
     count_of: Callable[[int], int] = frames_of,
 ) -> LabelStore:
-    lineage = replace(lineage, cuts_sha256=cut_list_hash(cuts)) if lineage.features else lineage
+    if lineage.features and not lineage.cuts_sha256:
+        lineage = replace(lineage, cuts_sha256=cut_list_hash(cuts))
     rng = np.random.default_rng(0)
     with LabelShardWriter(folder, 0, 1, num_classes, frame_rate, lineage, sampling_rate=sampling_rate) as writer:
         for cut in cuts:
@@ -155,6 +156,60 @@ def test_cuts_without_labels_are_listed(train: tuple[LabelStore, list[MonoCut]])
     store, cuts = train
     with pytest.raises(ValueError, match=r"7 of 37 cuts of the cut list have no labels: 'new-0', 'new-1', .* and 2 more"):
         check(store, cuts + make_cuts("new", 7, seed=2))
+
+
+def list_skipped(store: LabelStore, cuts: list[MonoCut], shard: int = 0) -> None:
+    """As the labelling program does."""
+    lines = [f"{cut.id}\tcannot be read\n" for cut in cuts]
+    (store.folder / f"skipped-{shard:05d}-of-00002.tsv").write_text("".join(lines))
+
+
+def test_cuts_that_labelling_skipped_are_let_through_and_noted(tmp_path: Path) -> None:
+    cuts = make_cuts("train", 30, seed=1)
+    labelled = replace(KNOWN, cuts_sha256=cut_list_hash(cuts))
+    store = label(tmp_path / "train", cuts[:27], lineage=labelled)
+    for shard, some in enumerate((cuts[27:29], cuts[29:])):
+        list_skipped(store, some, shard)
+    report = check(store, cuts)
+    assert (report.num_cuts, report.num_skipped) == (30, 3)
+    assert report.notes == (
+        f"labels in {store.folder}: 3 of 30 cuts have none, being listed in skipped-*.tsv there; loading leaves them out",
+    )
+    assert check(store, cuts[:27]).num_skipped == 0 and check(store, cuts[:27]).notes == ()
+    for first, num in ((20, 7), (1, 26)):
+        sample = check(store, cuts[first:])
+        assert sample.num_skipped == 3 and sample.notes[1] == f"labels in {store.folder} are of 27 cuts, {num} were checked here"
+
+
+def test_cuts_without_labels_that_no_list_explains_are_refused(train: tuple[LabelStore, list[MonoCut]]) -> None:
+    store, cuts = train
+    new = make_cuts("new", 7, seed=2)
+    list_skipped(store, new[:3])
+    with pytest.raises(ValueError, match=r"4 of 37 cuts of the cut list have no labels \(and 3 that were skipped\): 'new-3', 'new-4'"):
+        check(store, cuts + new)
+    with pytest.raises(ValueError, match=r"4 of 7 cuts of the cut list have no labels .*these are labels of another split or cut list"):
+        check(store, new)
+    with pytest.raises(ValueError, match=r"all 3 cuts of the cut list were skipped by labelling \(skipped-\*\.tsv there\)"):
+        check(store, new[:3])
+
+
+def test_a_skipped_cut_does_not_hide_that_the_rest_is_of_another_list(train: tuple[LabelStore, list[MonoCut]]) -> None:
+    store, cuts = train
+    new = make_cuts("new", 1, seed=2)
+    list_skipped(store, new)
+    with pytest.raises(ValueError, match="made for the cuts 30:"):
+        check(store, [*cuts[1:], cuts[2], *new])
+    moved = [cut.truncate(duration=cut.duration - 1 / 16_000, preserve_id=True) for cut in cuts[:-1]]
+    with pytest.raises(ValueError, match="made for the cut list 30:"):
+        check(store, [*moved, *new])
+
+
+@pytest.mark.parametrize("line", [b"train-1 no tab\n", b"\ta reason\n", b"\xff\treason\n"])
+def test_a_damaged_list_of_skipped_cuts_is_refused(train: tuple[LabelStore, list[MonoCut]], line: bytes) -> None:
+    store, cuts = train
+    (store.folder / "skipped-00000-of-00001.tsv").write_bytes(b"some\treason\n" + line)
+    with pytest.raises(ValueError, match=r"skipped-00000-of-00001\.tsv: line 2 is b'.*', not a cut id, a tab and a reason"):
+        check(store, cuts)
 
 
 def test_an_empty_cut_list_is_refused(train: tuple[LabelStore, list[MonoCut]]) -> None:
