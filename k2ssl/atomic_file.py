@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,8 +34,13 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
-def save_atomically(path: str | Path, content: Mapping[str, Any]) -> None:
+def save_atomically(path: str | Path, content: Mapping[str, Any], check: Callable[[BinaryIO], None] | None = None) -> None:
     """`torch.save` of plain values and tensors, so that `path` is whole or as it was before.
+
+    Args:
+        path: what to write.
+        content: what `torch.load` is to give back.
+        check: looks at the temporary file, which is complete, and raises if it must not get its name.
 
     Raises:
         OSError: the folder does not exist or cannot be written to, or the disk is full; names the file.
@@ -45,6 +50,8 @@ def save_atomically(path: str | Path, content: Mapping[str, Any]) -> None:
     try:
         with atomic_file(path) as file:
             torch.save(dict(content), file)
+            if check is not None:
+                check(file)
     except RuntimeError as error:
         # torch hides what the system said behind a RuntimeError about its own position in the file
         if isinstance(error.__context__, OSError):

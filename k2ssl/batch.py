@@ -33,6 +33,11 @@ class PretrainBatch:
     audio_lens: Tensor | None = None
     ids: tuple[str, ...] = ()
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of audio in the batch, padding not counted."""
+        return _num_samples(self.audio, self.audio_lens)
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PretrainBatch:
         """The same batch on another device; `audio_lens` stays on the CPU."""
         return replace(
@@ -62,6 +67,11 @@ class AsrBatch:
     texts: tuple[str, ...]
     ids: tuple[str, ...]
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of audio in the batch, padding not counted."""
+        return _num_samples(self.audio, self.audio_lens)
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> AsrBatch:
         """The same batch on another device; `audio_lens` stays on the CPU."""
         return replace(self, audio=self.audio.to(device, non_blocking=non_blocking))
@@ -85,6 +95,11 @@ class AudioBatch:
     audio_lens: Tensor
     ids: tuple[str, ...]
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of audio in the batch, padding not counted."""
+        return _num_samples(self.audio, self.audio_lens)
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> AudioBatch:
         """The same batch on another device; `audio_lens` stays on the CPU."""
         return replace(self, audio=self.audio.to(device, non_blocking=non_blocking))
@@ -107,6 +122,10 @@ class LossOutput:
     loss: Tensor
     num_targets: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _num_samples(audio: Tensor, audio_lens: Tensor | None) -> int:
+    return audio.numel() if audio_lens is None else int(audio_lens.sum())
 
 
 def padding_mask_from_lens(lens: Tensor, max_len: int, device: torch.device) -> Tensor:

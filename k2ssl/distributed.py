@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,6 +99,33 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any] | None:
+    """`value` of every rank, in the order of the ranks, on rank 0; None on the others. Small things only: they travel pickled, by gloo."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
+def broadcast_object(value: Any) -> Any:
+    """`value` of rank 0, on every rank. Small things only, as for `gather_objects`."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def agree(*numbers: int) -> list[int]:
+    """The smallest of each number over all ranks; exchanged between the processes by gloo, so that nobody waits for a device."""
+    if world_size() == 1:
+        return list(numbers)
+    smallest = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return smallest.tolist()
 
 
 class OtherRankError(RuntimeError):

@@ -41,6 +41,10 @@ def _exchange(folder: Path) -> None:
         "rows": distributed.all_gather_rows(torch.full((rank * 2, 3), rank)),
         "first": distributed.all_gather_rows(torch.arange(3 - rank * 2)),
     }
+    gathered = distributed.gather_objects({"rank": rank, "ids": ("a",) * (rank + 1)})
+    assert gathered == ([{"rank": 0, "ids": ("a",)}, {"rank": 1, "ids": ("a", "a")}] if rank == 0 else None)
+    assert distributed.broadcast_object(Path("x") if rank == 0 else None) == Path("x")
+    assert distributed.agree(3 - rank, rank, 7) == [2, 0, 7]
     in_place = torch.zeros(4, 3)[:, 1]  # not contiguous
     in_place += 1
     assert distributed.all_reduce_sum(in_place) is in_place
@@ -80,6 +84,7 @@ def test_alone_nothing_is_exchanged() -> None:
     x = torch.arange(3.0)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     assert all(function(x) is x for function in (distributed.all_reduce_sum, distributed.broadcast, distributed.all_gather_rows))
+    assert distributed.gather_objects(x) == [x] and distributed.broadcast_object(x) is x and distributed.agree(2, 1) == [2, 1]
     distributed.barrier()
     with pytest.raises(KeyError), distributed.failing_together():
         raise KeyError("x")

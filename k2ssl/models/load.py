@@ -1,14 +1,15 @@
 """A trained model in one file: what to build, and its weights. Whoever reads it needs no architecture flag.
 
 The file is a `torch.save` of plain values and tensors: {"format": "k2ssl-model", "version": 1, "config": ..., "model": ...}. A training
-checkpoint holds the same "config" and "model" among its other keys, so it can be read as a model too.
+checkpoint holds the same "config" and "model" among its other keys, so it can be read as a model too, and may hold averaged weights under
+"average": {"step": optimizer step of the last update, "model": float64 weights}.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,28 +31,48 @@ def save_model(path: str | Path, model: HubertModel) -> None:
     save_atomically(path, content)
 
 
-def load_model(path: str | Path, map_location: torch.device | str = "cpu") -> HubertModel:
+def load_model(path: str | Path, map_location: torch.device | str = "cpu", weights: Literal["raw", "average"] = "raw") -> HubertModel:
     """Build the model that `save_model` or a training checkpoint describes, with its weights, in training mode as every new module.
 
     Draws nothing from the global random state.
 
+    Args:
+        path: model file or training checkpoint.
+        map_location: where the model shall be.
+        weights: "raw", as the last optimizer step left them, or "average", the running average that a training checkpoint holds.
+
     Raises:
-        ValueError: the file cannot be read, is not one of ours, was written by a later version, or its parts contradict each other.
+        ValueError: the file cannot be read, is not one of ours, was written by a later version, has no averaged weights when these are
+            asked for, or its parts contradict each other.
     """
-    content = _read(path)
+    return model_from(read_content(path), path, weights).to(map_location)
+
+
+def model_from(content: Mapping[str, Any], path: str | Path, weights: Literal["raw", "average"] = "raw") -> HubertModel:
+    """The same from what `read_content(path)` returned, on the CPU.
+
+    Raises:
+        ValueError: as for `load_model`.
+    """
+    key, state = _weights_in(content, path, weights)
     with torch.random.fork_rng(devices=[]):  # the values drawn at construction are overwritten
         try:
             model = HubertModel(from_dict(HubertConfig, content["config"], "config"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     try:
-        model.load_state_dict(content["model"])
+        model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: the weights under 'model' do not fit the model under 'config': {error}") from error
-    return model.to(map_location)
+        raise ValueError(f"{path}: the weights under '{key}' do not fit the model under 'config': {error}") from error
+    return model
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def read_content(path: str | Path) -> Mapping[str, Any]:
+    """All that a model file or training checkpoint holds, on the CPU.
+
+    Raises:
+        ValueError: the file cannot be read, is not one of ours, or was written by a later version.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a file that is no checkpoint depends on the file's first bytes
@@ -65,6 +86,20 @@ def _read(path: str | Path) -> Mapping[str, Any]:
     if content.get("format") == FORMAT and content.get("version") != VERSION:
         raise ValueError(f"{path}: version is {content.get('version')!r}, this release reads version {VERSION}")
     return content
+
+
+def _weights_in(content: Mapping[str, Any], path: str | Path, weights: str) -> tuple[str, Any]:
+    """The key in `content` under which the weights lie, and the weights."""
+    if weights == "raw":
+        return "model", content["model"]
+    if weights != "average":
+        raise ValueError(f"{path}: weights is {weights!r}, allowed are 'raw', 'average'")
+    average = content.get("average")
+    if not isinstance(average, Mapping):
+        raise ValueError(f"{path}: holds no averaged weights, only raw ones")
+    if average.get("step") == 0:
+        raise ValueError(f"{path}: its running average has never been updated; take a later checkpoint, or the raw weights")
+    return "average", average.get("model")
 
 
 def load_failure(error: Exception) -> str:

@@ -46,7 +46,8 @@ class OptimConfig:
         clipping_scale: ScaledAdam clips gradients at this many times the running median norm; 0 never clips.
         clipping_update_period, scalar_lr_scale, param_min_rms, param_max_rms, scalar_max, size_update_period: see `ScaledAdam`.
         weight_decay: AdamW's, for parameters with more than one axis; biases, norms' weights and scalars do not decay.
-        max_grad_norm: AdamW's gradients are scaled down to this norm over all parameters; 0 never clips.
+        max_grad_norm: AdamW's gradients are scaled down to this norm over all parameters; 0 never clips. Gradients whose norm is not
+            finite are left as they are; see `build_optimizer` for who drops them.
 
     Raises:
         ValueError: a value out of range, or an option that only the other optimizer has.
@@ -87,7 +88,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Which learning-rate schedule, with what options.
+    """Which learning-rate schedule, with what options. The defaults are those published for pre-training.
 
     Attributes:
         name: "eden", "eden2", "tri_stage" or "polynomial".
@@ -107,8 +108,8 @@ class ScheduleConfig:
     name: Literal["eden", "eden2", "tri_stage", "polynomial"] = "eden"
     lr_batches: float = 7500.0
     lr_epochs: float = 10.5
-    warmup_batches: float = 500.0
-    warmup_start: float = 0.5
+    warmup_batches: float = 5000.0
+    warmup_start: float = 0.0
     max_batches: float = 0.0
     phase_ratio: tuple[float, float, float] = (0.1, 0.4, 0.5)
     hold_batches: float = 0.0
@@ -133,6 +134,13 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     """The optimizer over the parameters of `model` that require gradients, in groups of equal rate (and weight decay).
 
     Parameters are listed by name, so that the state of either optimizer does not depend on the order in which modules were made.
+
+    A training loop drops a step without waiting for the device by setting the optimizer's attribute `found_inf` to a float32 scalar, 1
+    for a step to drop, 0 for any other, as torch's `GradScaler` does. AdamW then leaves parameters, moments and step counts as they are;
+    ScaledAdam counts a step of zero gradients. Without that attribute AdamW, unlike ScaledAdam, takes whatever gradients it gets.
+
+    AdamW is torch's fused one, the only one that knows `found_inf`; on a device that has none, torch refuses the first step with a
+    RuntimeError.
 
     Raises:
         ValueError: a prefix in `lr_scales` that begins no parameter's name, or a model without trainable parameters.
@@ -188,19 +196,33 @@ def _make_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimi
     if config.name == "scaled_adam":
         options = {name: getattr(config, name) for name in ("lr", "betas", "eps", *_ONLY_SCALED_ADAM)}
         return ScaledAdam(groups, **{**options, "clipping_scale": config.clipping_scale or None})
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-    adamw.register_load_state_dict_pre_hook(_refuse_other_names)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+    adamw.register_load_state_dict_pre_hook(_refuse_other_states)
+    adamw.register_step_pre_hook(_match_strides)
     if config.max_grad_norm > 0:
         adamw.register_step_pre_hook(functools.partial(_clip_before_step, config.max_grad_norm))
     return adamw
 
 
 def _clip_before_step(max_norm: float, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    nn.utils.clip_grad_norm_([param for group in optimizer.param_groups for param in group["params"]], max_norm)
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    norm = nn.utils.get_total_norm([param.grad for param in params])
+    # a norm of zero asks for no scaling; infinity would turn gradients to zero or NaN, and hide where it came from
+    nn.utils.clip_grads_with_norm_(params, max_norm, torch.where(norm.isfinite(), norm, 0.0))
 
 
-def _refuse_other_names(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """torch matches parameters by position; that is only right where the names agree."""
+def _match_strides(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """The fused kernel for CPUs reads gradients in the order of memory, whatever their strides (torch 2.11)."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.stride() != param.stride():
+                param.grad = torch.empty_like(param).copy_(param.grad)
+
+
+def _refuse_other_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """torch matches parameters by position, which is only right where the names agree, and takes over how the saved one computed."""
+    if not all(group.get("fused") for group in state_dict["param_groups"]):
+        raise ValueError("AdamW.load_state_dict: the saved state is of an AdamW that is not fused, a fused one's is needed")
     here = [group["param_names"] for group in optimizer.param_groups]
     there = [group.get("param_names") for group in state_dict["param_groups"]]
     if here != there:

@@ -42,11 +42,12 @@ class RunningMedianClipper:
         }
         self._culprits = like.new_zeros(num_parameters)
 
-    def __call__(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, norms: Tensor, found_inf: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Account for one step.
 
         Args:
             norms: (P,) gradient norm of every parameter, in the units that are to be compared.
+            found_inf: scalar; unless it is zero, the step counts as one whose norm is infinite.
 
         Returns:
             factor: scalar in [0, 1] for the gradients, and finite: scalar bool, False where the gradients must be replaced by zero
@@ -54,6 +55,8 @@ class RunningMedianClipper:
         """
         state = self._state
         total = torch.linalg.vector_norm(norms)
+        if found_inf is not None:
+            total = torch.where(found_inf == 0, total, float("inf"))
         finite = torch.isfinite(total)
         if self.step > 0:
             state["norms"][self.step % self.period] = total

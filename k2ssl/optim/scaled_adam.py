@@ -36,6 +36,9 @@ class ScaledAdam(Optimizer):
     by its parameter's rms (scalar_lr_scale for one element). A step in which that norm is not finite counts as a step of zero gradients:
     the parameters coast on their momentum and no state is poisoned. Nothing waits for the device; `clipping_report` does.
 
+    So does a step for which the attribute `found_inf` is a scalar tensor that is not zero: that is how a training loop drops a step of
+    finite gradients, or one that other parameters' gradients spoiled. The attribute stays as it is, and is no part of the state.
+
     A parameter whose gradient is None is left alone, with all its state (its momentum rests too); it continues from there, with its own
     bias correction, when gradients come again. A group without any gradient does not take part in the step.
 
@@ -119,7 +122,7 @@ class ScaledAdam(Optimizer):
                     raise ValueError(f"ScaledAdam: the gradient of {name!r} is sparse, only dense gradients are supported")
             if grads:
                 state = self._states[number] = self._states[number] or _GroupState(group)
-                state.update(group, grads)
+                state.update(group, grads, getattr(self, "found_inf", None))
         return loss
 
     def clipping_report(self) -> dict[str, Any]:
@@ -192,12 +195,12 @@ class _GroupState:
         names = self.stacks.names
         self.clipper = RunningMedianClipper(group["clipping_scale"], group["clipping_update_period"], len(names), self.stacks.rms)
 
-    def update(self, group: dict[str, Any], grads: Mapping[str, Tensor]) -> None:
+    def update(self, group: dict[str, Any], grads: Mapping[str, Tensor], found_inf: Tensor | None) -> None:
         """One step of the group, for the parameters that have a gradient."""
         stacks, period = self.stacks, group["size_update_period"]
         phase = self.step % period
         stacks.select(grads)
-        factor, finite = self.clipper(stacks.gradient_norms(group["scalar_lr_scale"]))
+        factor, finite = self.clipper(stacks.gradient_norms(group["scalar_lr_scale"]), found_inf)
         if phase == period - 1:
             stacks.refresh_rms()
         stacks.count_step()

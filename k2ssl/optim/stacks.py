@@ -7,35 +7,46 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .shards import SumOverShards, local, piece_for, sharded_like
+
 # Temporary memory is a few times the largest stack. A CPU also wants it to stay in its caches; a GPU wants few kernels.
 _MAX_ELEMENTS_CPU = 2**18
 _MAX_ELEMENTS = 2**24
 
 
 class _Stack:
-    """Parameters of one shape, with their two moments stacked along a leading axis (B, *shape)."""
+    """Parameters of one shape, with their two moments stacked along a leading axis (B, *shape).
+
+    Of sharded parameters only this rank's pieces are here, and `shape` is that of a piece, which may be empty.
+    """
 
     def __init__(self, start: int, params: list[Tensor]) -> None:
-        self.start, self.params = start, params
-        self.exp_avg_sq = torch.zeros((len(params), *params[0].shape), dtype=params[0].dtype, device=params[0].device)
+        self.start, self.whole = start, params
+        first = local(params[0])
+        self.exp_avg_sq = torch.zeros((len(params), *first.shape), dtype=first.dtype, device=first.device)
         self.delta = torch.zeros_like(self.exp_avg_sq)
         self.delta_rows = list(self.delta.unbind())
 
     @property
+    def params(self) -> list[Tensor]:
+        # asked for anew each time: a parameter's data may be exchanged, as averaging does
+        return [local(param) for param in self.whole]
+
+    @property
     def is_scalar(self) -> bool:
-        return self.params[0].numel() == 1
+        return self.whole[0].numel() == 1
 
     def positions(self) -> range:
         """Where these parameters are among all names."""
-        return range(self.start, self.start + len(self.params))
+        return range(self.start, self.start + len(self.whole))
 
     def per_row(self, vector: Tensor, rows: list[int]) -> Tensor:
         """(P,) vector -> its entries for `rows`, shaped to broadcast over (B, *shape)."""
-        if len(rows) == len(self.params):
+        if len(rows) == len(self.whole):
             part = vector[self.start : self.start + len(rows)]
         else:  # a list as an index would have to be copied to the device first
             part = torch.stack([vector[self.start + row] for row in rows])
-        return part.view(-1, *[1] * self.params[0].dim())
+        return part.view(-1, *[1] * self.whole[0].dim())
 
 
 class ParameterStacks:
@@ -43,7 +54,8 @@ class ParameterStacks:
 
     All of it runs under `torch.no_grad`, which is the caller's to set.
 
-    P is the number of parameters; vectors below are (P,) on the parameters' device.
+    P is the number of parameters; vectors below are (P,) on the parameters' device. Where parameters are sharded, every rank has the
+    moments of its pieces and all of the vectors, whose numbers are those of whole parameters and equal on all ranks.
 
     Attributes:
         names: in canonical order.
@@ -60,7 +72,7 @@ class ParameterStacks:
     def __init__(self, named: Iterable[tuple[str, Tensor]], period: int) -> None:
         ordered = sorted(named, key=lambda pair: (pair[1].numel(), tuple(pair[1].shape), pair[0]))
         self.names = [name for name, _ in ordered]
-        self._params = [param for _, param in ordered]  # not detached: their data may be exchanged, as averaging does
+        self._params = [param for _, param in ordered]  # not detached: see _Stack.params
         first = self._params[0]
         for name, param in zip(self.names, self._params, strict=True):
             if (param.dtype, param.device) != (first.dtype, first.device):
@@ -69,7 +81,9 @@ class ParameterStacks:
                     f" {first.device}; make one group per dtype and device"
                 )
         self._stacks = _stack_equal_shapes(self._params)
+        self._sum_over_shards = SumOverShards(self._params)
         self.is_scalar = torch.tensor([param.numel() == 1 for param in self._params], device=first.device)
+        self._numel = torch.tensor([param.numel() for param in self._params], dtype=first.dtype, device=first.device)
         self.rms = self._measured_rms()
         self.steps = torch.zeros_like(self.rms)
         self.size_second_moment = torch.zeros_like(self.rms)
@@ -80,7 +94,7 @@ class ParameterStacks:
 
     def select(self, grads: Mapping[str, Tensor]) -> None:
         """Choose what the following calls act on: the parameters named in `grads`."""
-        self._grads = [grads.get(name) for name in self.names]
+        self._grads = [local(grads[name]) if name in grads else None for name in self.names]
         present = tuple(grad is not None for grad in self._grads)
         if present != self._present:
             self._present = present
@@ -91,6 +105,8 @@ class ParameterStacks:
         norms = iter(torch._foreach_norm([grad for grad in self._grads if grad is not None]))
         zero = self.rms.new_zeros(())
         vector = torch.stack([zero if grad is None else next(norms) for grad in self._grads])
+        if self._sum_over_shards:  # in float64, since squares of large norms would overflow
+            vector = self._sum_over_shards(vector.double().square()).sqrt().to(vector.dtype)
         return vector * torch.where(self.is_scalar, scalar_weight, self.rms)
 
     def refresh_rms(self) -> None:
@@ -136,20 +152,21 @@ class ParameterStacks:
                 torch._foreach_copy_([stack.exp_avg_sq[row] for row in rows], list(v.unbind()))
                 torch._foreach_copy_([stack.delta_rows[row] for row in rows], list(delta.unbind()))
             if not stack.is_scalar:  # g is not needed any more and becomes p * g
-                torch._foreach_mul_(list(g.unbind()), [stack.params[row] for row in rows])
+                params = stack.params
+                torch._foreach_mul_(list(g.unbind()), [params[row] for row in rows])
                 sums = g.flatten(1).sum(dim=1)
                 if whole:
                     size_grad.copy_(sums)
                 else:
                     torch._foreach_copy_([size_grad[row] for row in rows], list(sums.unbind()))
-        self.size_grads[phase] = torch.cat(size_grads)
+        self.size_grads[phase] = self._sum_over_shards(torch.cat(size_grads))
 
     def add_scaled_parameters(self, scales: Tensor) -> None:
         """delta <- delta + scales * p, for (P,) `scales`."""
         scales = scales if self._mask is None else torch.where(self._mask, scales, 0.0)
         for stack in self._stacks:
             if not stack.is_scalar:
-                stack.delta.addcmul_(torch.stack(stack.params), stack.per_row(scales, list(range(len(stack.params)))))
+                stack.delta.addcmul_(torch.stack(stack.params), stack.per_row(scales, list(range(len(stack.whole)))))
 
     def apply(self, scalar_max: float) -> None:
         """p <- p + delta; one-element tensors stay within +-scalar_max."""
@@ -167,11 +184,13 @@ class ParameterStacks:
         self._grads = []  # gradients must be free to go
 
     def state_by_name(self) -> dict[str, dict[str, Tensor]]:
-        """State of every parameter: views of the stacks and vectors."""
+        """State of every parameter: views of the stacks and vectors; moments are sharded as the parameter is."""
         state = {}
         for stack in self._stacks:
-            for row, position in enumerate(stack.positions()):
-                entry = {"step": self.steps[position], "exp_avg_sq": stack.exp_avg_sq[row], "delta": stack.delta[row]}
+            for row, (position, param) in enumerate(zip(stack.positions(), stack.whole, strict=True)):
+                entry = {"step": self.steps[position]}
+                entry["exp_avg_sq"] = sharded_like(stack.exp_avg_sq[row], param)
+                entry["delta"] = sharded_like(stack.delta[row], param)
                 if not stack.is_scalar:
                     entry["param_rms"] = self.rms[position]
                     entry["scale_exp_avg_sq"] = self.size_second_moment[position]
@@ -180,21 +199,22 @@ class ParameterStacks:
         return state
 
     def load_state_by_name(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy what `state_by_name` returned; parameters that are not in it keep what they have."""
+        """Copy what `state_by_name` returned, or the same with whole tensors; parameters that are not in it keep what they have."""
         own = self.state_by_name()
         for name, entry in state.items():
             for key, value in own[name].items():
                 if value.shape == entry[key].shape:  # gradients collected for a size update of another period are of no use
-                    value.copy_(entry[key])
+                    local(value).copy_(piece_for(entry[key], value))
 
     def _measured_rms(self) -> Tensor:
-        ones = self._params[0].new_ones
-        return torch.cat(
+        ones = self._numel.new_ones
+        squares = torch.cat(
             [
-                ones(len(stack.params)) if stack.is_scalar else torch.stack(stack.params).square_().flatten(1).mean(dim=1).sqrt_()
+                ones(len(stack.whole)) if stack.is_scalar else torch.stack(stack.params).square_().flatten(1).sum(dim=1)
                 for stack in self._stacks
             ]
         )
+        return torch.where(self.is_scalar, 1.0, (self._sum_over_shards(squares) / self._numel).sqrt_())
 
     def _kept(self, updated: Tensor, previous: Tensor) -> Tensor:
         """`updated` where there is a gradient, `previous` elsewhere."""
@@ -211,8 +231,9 @@ def _stack_equal_shapes(params: list[Tensor]) -> list[_Stack]:
     limit = _MAX_ELEMENTS_CPU if params[0].device.type == "cpu" else _MAX_ELEMENTS
     stacks, start = [], 0
     for end in range(1, len(params) + 1):
-        full = (end - start) * params[start].numel() >= limit
-        if end == len(params) or full or params[end].shape != params[start].shape:
+        shape = local(params[start]).shape
+        full = (end - start) * shape.numel() >= limit
+        if end == len(params) or full or params[end].shape != params[start].shape or local(params[end]).shape != shape:
             stacks.append(_Stack(start, params[start:end]))
             start = end
     return stacks

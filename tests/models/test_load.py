@@ -72,6 +72,37 @@ def test_a_training_checkpoint_with_other_keys_is_read_as_a_model(tmp_path: Path
     assert torch.equal(load_model(tmp_path / "checkpoint.pt").mask_embedding, model.mask_embedding)
 
 
+def test_averaged_weights_are_read_from_a_training_checkpoint_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    model = HubertModel(TINY)
+    content = content_of(model, path)
+    average = {name: value.double() + 1e-9 + 1 for name, value in state_of(model).items()}
+    torch.save({**content, "format": "of a trainer", "average": {"step": 200, "model": average}}, path)
+    loaded = state_of(load_model(path, weights="average"))
+    assert all(torch.equal(value, average[name].float()) for name, value in loaded.items())
+    assert all(value.dtype == torch.float32 for value in loaded.values())
+    raw = state_of(load_model(path, weights="raw"))
+    assert all(torch.equal(value, state_of(model)[name]) for name, value in raw.items())
+    assert torch.equal(load_model(path).mask_embedding, model.mask_embedding)
+
+
+def test_averaged_weights_that_are_not_there_are_refused_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    content = content_of(HubertModel(TINY), path)
+    for change, weights, message in (
+        ({}, "average", "holds no averaged weights, only raw ones"),
+        ({"average": None}, "average", "holds no averaged weights, only raw ones"),
+        ({"average": {"step": 0, "model": content["model"]}}, "average", "has never been updated"),
+        ({"average": {"step": 200, "model": {}}}, "average", r"the weights under 'average' do not fit"),
+        ({"average": {"step": 200}}, "average", r"the weights under 'average' do not fit"),
+        ({}, "best", "weights is 'best', allowed are 'raw', 'average'"),
+    ):
+        torch.save({**content, **change}, path)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_model(path, weights=weights)  # type: ignore[arg-type]
+        assert str(path) in str(caught.value)
+
+
 def test_the_file_is_whole_or_absent_and_replaces_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.pt"
     first, second = HubertModel(TINY), HubertModel(TINY)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, build_schedule
 from k2ssl.optim.scaled_adam import ScaledAdam
@@ -96,6 +98,80 @@ def test_adamw_clips_to_the_given_norm() -> None:
     optimizer.step()
     total = torch.linalg.vector_norm(torch.stack([param.grad.norm() for param in model.parameters()]))
     assert total.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies of all parameters and of all tensors of the optimizer's state."""
+
+    def flat(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield path, value.detach().clone()
+        elif isinstance(value, (dict, list)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from flat(item, f"{path}.{key}")
+
+    return dict(flat([dict(model.state_dict()), optimizer.state_dict()], ""))
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+@pytest.mark.parametrize("poison", [1.0, math.nan, math.inf])
+def test_adamw_drops_a_step_on_request(max_grad_norm: float, poison: float) -> None:
+    config = OptimConfig(name="adamw", lr=0.01, max_grad_norm=max_grad_norm)
+    model, other = make_model(), make_model()
+    optimizer, expected = build_optimizer(config, model), build_optimizer(config, other)
+    for first in (0, 5):
+        train(other, expected, range(first, first + 5))
+        optimizer.found_inf = torch.zeros(())
+        train(model, optimizer, range(first, first + 5))
+        before = everything(model, optimizer)
+        for param in model.parameters():
+            param.grad = torch.full_like(param, poison)
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        after = everything(model, optimizer)
+        assert before.keys() == after.keys() and len(before) > 3 * len(list(model.parameters()))
+        assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    for key, value in everything(other, expected).items():
+        assert torch.equal(value, after[key]), key  # as if the dropped steps had not been
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_gradients_without_a_finite_norm_are_not_clipped(poison: float) -> None:
+    model = make_model()
+    optimizer = build_optimizer(OptimConfig(name="adamw", max_grad_norm=0.5), model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    first, *others = model.parameters()
+    first.grad[0, 0] = poison
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all((param.grad == 1.0).all() for param in others)
+    assert (first.grad.flatten()[1:] == 1.0).all()
+    torch.testing.assert_close(first.grad[0, 0], torch.tensor(poison), equal_nan=True)
+
+
+def test_adamw_follows_torchs_plain_one_also_for_gradients_that_lie_otherwise_in_memory() -> None:
+    model, other = make_model().double(), make_model().double()
+    optimizer = build_optimizer(OptimConfig(name="adamw", lr=0.01, weight_decay=0.0), model)
+    plain = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.0, fused=False)
+    for t in range(5):
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            two.grad = torch.randn(two.shape, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+            one.grad = two.grad.t().contiguous().t() if two.dim() == 2 else two.grad.clone()
+        optimizer.step()
+        plain.step()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+
+
+def test_adamw_refuses_the_state_of_one_that_cannot_drop_steps() -> None:
+    model = make_model()
+    optimizer = build_optimizer(OptimConfig(name="adamw"), model)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = None
+    with pytest.raises(ValueError, match="an AdamW that is not fused"):
+        optimizer.load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", ["scaled_adam", "adamw"])

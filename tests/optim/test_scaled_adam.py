@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from k2ssl.optim.scaled_adam import ScaledAdam
 
@@ -258,6 +259,74 @@ def test_a_step_that_is_not_finite_acts_like_zero_gradients(poison: float, clipp
     train(others, expected, range(when + 1, when + 5))
     assert_equal(values(params), values(others))
     assert optimizer.clipping_report()["non_finite"] == 1 and expected.clipping_report()["non_finite"] == 0
+
+
+@pytest.mark.parametrize("clipping", [None, 2.0])
+@pytest.mark.parametrize("when", [0, 3, 25])
+@pytest.mark.parametrize("gradient", [1.0, 1e6, float("nan")])
+def test_a_step_dropped_on_request_acts_like_one_that_is_not_finite(clipping: float | None, when: int, gradient: float) -> None:
+    params, others = make_params(), make_params()
+    optimizer, expected = ScaledAdam(params.items(), clipping_scale=clipping), ScaledAdam(others.items(), clipping_scale=clipping)
+    for t in range(130):  # past the renewal of the threshold at step 100
+        set_gradients(params, t)
+        set_gradients(others, t)
+        optimizer.found_inf = torch.tensor(float(t == when))
+        if t == when:
+            for param, other in zip(params.values(), others.values(), strict=True):
+                param.grad.fill_(gradient)
+                other.grad.fill_(float("inf"))
+        optimizer.step()
+        expected.step()
+    assert_equal(values(params), values(others))
+    one, two = optimizer.clipping_report(), expected.clipping_report()
+    assert one["non_finite"] == two["non_finite"] == 1 and one["clipped"] == two["clipped"]
+    assert str(saved_and_loaded(optimizer.state_dict())) == str(saved_and_loaded(expected.state_dict()))
+
+
+def test_a_request_drops_the_step_in_every_group() -> None:
+    params, others = make_params(), make_params()
+    optimizer = ScaledAdam([{"params": list(params.items())[:3]}, {"params": list(params.items())[3:]}])
+    expected = ScaledAdam([{"params": list(others.items())[:3]}, {"params": list(others.items())[3:]}])
+    train(params, optimizer, range(5))
+    train(others, expected, range(5))
+    set_gradients(params, 5)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    for param in others.values():
+        param.grad = torch.zeros_like(param)
+    expected.step()
+    assert_equal(values(params), values(others))
+    assert "found_inf" not in str(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("found_inf", [None, 0.0])
+def test_no_request_changes_no_bit(found_inf: float | None) -> None:
+    params, others = make_params(torch.float32), make_params(torch.float32)
+    optimizer = ScaledAdam(params.items(), clipping_scale=1.5)
+    optimizer.found_inf = None if found_inf is None else torch.tensor(found_inf)
+    train(params, optimizer, range(130))
+    train(others, ScaledAdam(others.items(), clipping_scale=1.5), range(130))
+    assert_equal(values(params), values(others))
+
+
+def test_a_request_is_not_read_by_the_host() -> None:
+    reads = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            reads.append(function is torch.ops.aten._local_scalar_dense.default)
+            return function(*args, **(kwargs or {}))
+
+    params = make_params()
+    optimizer = ScaledAdam(params.items(), clipping_scale=1.5)
+    optimizer.found_inf = torch.tensor(1.0)
+    for t in range(12):
+        set_gradients(params, t)
+        with Watch():
+            optimizer.step()
+    assert len(reads) > 100 and not any(reads)
+    with Watch():
+        assert optimizer.found_inf.item() == 1.0 and reads[-1]
 
 
 def test_report_counts_clipped_steps_and_names_the_culprit() -> None:

@@ -1,0 +1,111 @@
+"""What the trainer does about a bad step: look into it, tell, and roll back where dropping steps is not enough."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from k2ssl import distributed
+from k2ssl.train.checkpoint import load_checkpoint, step_of
+from k2ssl.train.guard import Incident, Verdict
+from k2ssl.train.inf_check import find_nonfinite
+from k2ssl.train.precision import autocast
+from k2ssl.train.sharding import is_sharded
+from k2ssl.train.state import load_checkpoint_content
+
+if TYPE_CHECKING:
+    from k2ssl.train.trainer import Made, Trainer
+
+_log = logging.getLogger(__name__)
+
+
+class DivergedError(ValueError):
+    """Training diverged more often than it may be rolled back."""
+
+
+def handle(trainer: Trainer, verdict: Verdict) -> None:
+    """Act upon a verdict; called by all ranks, which all have the same.
+
+    Raises:
+        DivergedError: the verdict is to stop.
+    """
+    for incident in verdict.incidents:
+        _report(trainer, incident)
+    if verdict.action == "stop":
+        last = verdict.incidents[-1]
+        raise DivergedError(
+            f"training diverged at step {last.step} ({last.kind}) after {trainer.guard.rollbacks} roll-backs, max_rollbacks is "
+            f"{trainer.config.guard.max_rollbacks}; see {trainer.guard.folder or 'the log'}"
+        )
+    if verdict.action == "roll_back":
+        _roll_back(trainer, verdict)
+
+
+def _report(trainer: Trainer, incident: Incident) -> None:
+    """Write the incident down, with the utterances of every rank and the first module that computed something not finite."""
+    made = next((made for made in trainer.recent if made.step == incident.step), None)
+    broken = _first_broken_module(trainer, made) if made is not None and incident.kind.startswith("non_finite") else None
+    found = distributed.gather_objects({"ids": incident.ids, "first_non_finite": broken})
+    if found is None:
+        return
+    trainer.guard.write_incident(incident, {"ranks": found, "batch_count": trainer.progress.batch_count})
+    where = next((f", first in {entry['first_non_finite']}" for entry in found if entry["first_non_finite"]), "")
+    trainer.say(f"{incident.kind.replace('_', ' ')} at step {incident.step}{where}")
+
+
+def _first_broken_module(trainer: Trainer, made: Made) -> str | None:
+    """Replay the step's micro-batches of this rank, with its draws, until something is not finite. The model is that of the next step by
+    now, which only coasted or did not move."""
+    if is_sharded(trainer.update.parallel):
+        return None  # one rank alone cannot run a sharded model
+    clock: Any = trainer.model.clock
+    scale = trainer.update.loss_scale
+    before = clock.state_dict()
+    try:
+        for number, batch in enumerate(made.batches):
+            clock.seed(trainer.seed, made.step - 1, number * distributed.world_size() + distributed.rank())
+
+            def run(batch: Any = batch) -> Any:
+                with autocast(trainer.update.dtype, trainer.device):
+                    loss = trainer.model(batch.to(trainer.device)).loss
+                # the scale was halved after the step
+                return loss if scale is None else loss * (2 * scale.scale)
+
+            if (name := find_nonfinite(trainer.model, run)) is not None:
+                return name
+    finally:
+        clock.load_state_dict(before)
+    return None
+
+
+def _roll_back(trainer: Trainer, verdict: Verdict) -> None:
+    """Go back to the newest checkpoint from before the first bad step that is still counted; the data goes on from where it is, so that
+    what triggered it is not seen again, and the rate is lowered."""
+    incidents: Sequence[Incident] = (*trainer.guard.recent, *verdict.incidents)
+    first_bad = min(incident.step for incident in incidents)
+    position, epoch, updates = trainer.position, trainer.progress.epoch, trainer.progress.epoch_updates
+    if trainer.folder is None:
+        raise DivergedError(f"training diverged at step {first_bad}, and there is no folder with checkpoints to go back to")
+    path = None
+    if trainer.checkpoints is not None:
+        trainer.checkpoints.wait()
+        paths = trainer.checkpoints.paths()
+        path = next((path for path in reversed(paths) if step_of(path) < first_bad), paths[0])
+    path = distributed.broadcast_object(path)
+    content = load_checkpoint(path)
+    load_checkpoint_content(trainer, content)
+    trainer.position, trainer.progress.epoch, trainer.progress.epoch_updates = position, epoch, updates
+    trainer.guard.rolled_back()
+    # the checkpoint's rates may have been lowered before
+    factor = trainer.config.guard.lr_factor ** (trainer.guard.rollbacks - content["guard"]["rollbacks"])
+    for group in trainer.optimizer.param_groups:
+        group["initial_lr"] *= factor
+    step = trainer.progress.step
+    if trainer.checkpoints is not None:
+        trainer.checkpoints.drop_after(step)
+    trainer.rewound(step)
+    trainer.say(
+        f"rolled back to step {step}, roll-back {trainer.guard.rollbacks} of {trainer.config.guard.max_rollbacks}, learning rate x {trainer.guard.lr_factor:g}"
+    )
+    trainer.save()  # a checkpoint from before does not know of the roll-back, nor of the data to leave out

@@ -1,0 +1,397 @@
+"""The training loop: any model, one process or many.
+
+    trainer = Trainer(model, optimizer, schedule, TrainerConfig(), device=device, folder=Path("exp"), model_config=to_dict(config))
+    trainer.fit(train_loader, valid_loader)
+
+The model is the task: `forward(batch)` returns a `LossOutput`, and the loop knows nothing else of speech. Nothing in it waits for the
+device except logging, validation and checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from k2ssl import distributed
+from k2ssl.optim.schedules import LearningRateSchedule
+from k2ssl.train.averaging import RunningAverage
+from k2ssl.train.checkpoint import CheckpointFolder, KeepConfig, load_checkpoint
+from k2ssl.train.guard import Guard, GuardConfig, Verdict
+from k2ssl.train.ledger import Ledger, Status
+from k2ssl.train.logger import TrainingLog
+from k2ssl.train.memory import PeakMemory
+from k2ssl.train.meter import Meter
+from k2ssl.train.metrics import MetricSums
+from k2ssl.train.plan import BatchConfig, BatchPlan
+from k2ssl.train.precision import Precision, choose_precision
+from k2ssl.train.recovery import handle
+from k2ssl.train.sharding import full_state, is_sharded
+from k2ssl.train.state import Progress, checkpoint_content, load_checkpoint_content, load_local_state, local_state
+from k2ssl.train.stop import StopRequest
+from k2ssl.train.update import Batch, Moment, Normalization, Sharding, Update
+from k2ssl.train.validation import validate
+
+_log = logging.getLogger(__name__)
+
+
+class Loader(Protocol):
+    """What the loop needs of a loader; `k2ssl.data.batch_loader.BatchLoader` has it."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def start_at(self, epoch: int, batches: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How training goes on; what is trained and on what is said elsewhere.
+
+    Attributes:
+        max_steps: optimizer steps after which training ends; 0: only max_epochs ends it.
+        max_epochs: passes over the training data after which it ends.
+        batch: seconds of audio per update.
+        precision: number format of the forward pass; auto: bfloat16 on GPUs that have it, float16 on others, float32 on the CPU.
+        normalize_by: targets: gradients are divided by the number of targets of the update; none: by the number of micro-batches only.
+        sharding: none: every rank holds the whole model; fsdp: parameters, gradients and optimizer state are dealt out to the ranks.
+        average_period: optimizer steps between additions to the running average of the weights; 0: no average.
+        valid_every: optimizer steps between validations; 0: only at the end.
+        valid_average: validate the averaged weights instead of the present ones.
+        log_every: optimizer steps between lines of the log.
+        keep: which checkpoints are written and kept.
+        guard: what counts as divergence, and what is done about it.
+        tensorboard: write TensorBoard files too, if it is installed.
+    """
+
+    max_steps: int = 0
+    max_epochs: int = 300
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    precision: Precision = "auto"
+    normalize_by: Normalization = "targets"
+    sharding: Sharding = "none"
+    average_period: int = 200
+    valid_every: int = 1000
+    valid_average: bool = False
+    log_every: int = 50
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 0), ("max_epochs", 1), ("average_period", 0), ("valid_every", 0), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"TrainerConfig: {name} is {getattr(self, name)}, a whole number >= {least} is needed")
+        if self.valid_average and not self.average_period:
+            raise ValueError("TrainerConfig: valid_average is True, but average_period is 0, so that there is no average")
+
+
+@dataclass(frozen=True)
+class Made:
+    """An update that was made: its number, its adjusted batch count, and this rank's micro-batches."""
+
+    step: int
+    batch_count: float
+    batches: tuple[Batch, ...]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(name for batch in self.batches for name in batch.ids)
+
+
+class Trainer:
+    """Trains one model; see the module.
+
+    Args:
+        model: on `device` already, with `clock` and `check_batch`; see `k2ssl.batch`.
+        optimizer, schedule: of its parameters.
+        config: see there.
+        device: of this rank.
+        parallel: `model` as the ranks run it together (see `parallelise`), if they do; `optimizer` is of its parameters.
+        folder: for checkpoints, logs and the ledger; None writes nothing, for tests and trials.
+        model_config: what the model is built from, plain values; travels in the checkpoints.
+        job: settings of the whole job, plain values; travel too.
+        sample_rate: of the audio, Hz; turns samples into hours.
+        seed: of everything drawn during training.
+        program: name in the ledger.
+        expected_steps: of the whole run, where `max_steps` does not say it; for the remaining time that people are shown.
+        quiet: plain lines instead of a progress bar.
+
+    Raises:
+        ValueError: settings that this device or this number of processes cannot meet.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LearningRateSchedule,
+        config: TrainerConfig,
+        *,
+        device: torch.device,
+        folder: Path | None,
+        model_config: Mapping[str, Any],
+        parallel: nn.Module | None = None,
+        job: Mapping[str, Any] | None = None,
+        sample_rate: int = 16000,
+        seed: int = 0,
+        program: str = "train",
+        expected_steps: int = 0,
+        quiet: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.schedule, self.config = model, optimizer, schedule, config
+        self.device, self.folder, self.seed, self.quiet = device, folder, seed, quiet
+        self.model_config, self.job = dict(model_config), dict(job or {})
+        self.sample_rate, self.expected_steps = sample_rate, expected_steps
+        self.plan = BatchPlan.of(config.batch, distributed.world_size())
+        dtype = choose_precision(config.precision, device)
+        self.update = Update(model, optimizer, device, dtype, normalize_by=config.normalize_by, parallel=parallel)
+        self.progress = Progress()
+        weights = self._whole_weights() if config.average_period else {}
+        self.average = RunningAverage(weights, config.average_period) if weights and distributed.is_main() else None
+        writes = folder is not None and distributed.is_main()
+        self.checkpoints = CheckpointFolder(folder / "checkpoints", config.keep) if folder is not None and writes else None  # on rank 0
+        self.guard = Guard(config.guard, folder if writes else None, device)
+        self.memory = PeakMemory(device)
+        self.ledger = Ledger(folder, program, device, distributed.world_size()) if folder is not None else None
+        self.log: TrainingLog | None = None
+        self.position: dict[str, Any] | None = None  # of the loader, after the last update that was trained on
+        self.stopping = False  # a signal came
+        self.recent: list[Made] = []  # the last two updates, to look into when one of them turns out bad
+        self._meter = Meter(self.progress.step)
+
+    def fit(self, loader: Loader, valid_loader: Iterable[Batch] | None = None) -> bool:
+        """Train to the end.
+
+        Returns:
+            False if a signal ended it before; a checkpoint has been written then.
+
+        Raises:
+            DivergedError: training diverged again and again.
+            ValueError: an epoch without a batch for every rank, or a batch that the model refuses.
+        """
+        total = self.config.max_steps or self.expected_steps
+        log_folder = self.folder if distributed.is_main() else None
+        self.log = TrainingLog(
+            log_folder, total_steps=total, resumed_at=self.progress.step, quiet=self.quiet, tensorboard=self.config.tensorboard
+        )
+        status: Status = "failed"
+        try:
+            with StopRequest() as stop:
+                self._run(loader, valid_loader, stop)
+            status = "interrupted" if self.stopping else "done"
+        finally:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+            if self.ledger is not None:
+                self.ledger.close(status)
+            self.log.close()
+        return not self.stopping
+
+    def train_step(self, batches: Sequence[Batch]) -> None:
+        """One optimizer step from the micro-batches of one update."""
+        progress = self.progress
+        progress.batch_count += self.plan.count_per_step
+        # upstream counts the present step too: at a rate that rises from 0, the first step is not lost
+        self.schedule.advance(progress.step + 1, progress.epoch)
+        self.update(batches, Moment(self.seed, progress.step, progress.batch_count), self.guard)
+        self.recent = [*self.recent[-1:], Made(progress.step + 1, progress.batch_count, tuple(batches))]
+        progress.step += 1
+        progress.epoch_updates += 1
+        self._meter.samples += sum(batch.num_samples for batch in batches)
+        self._update_average()
+        if self.log is not None:
+            self.log.tick(progress.step)
+
+    def validate(self, loader: Iterable[Batch]) -> dict[str, float]:
+        """Means over all batches of all ranks; see `k2ssl.train.validation`."""
+        return validate(self, loader)
+
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint; called by all ranks. `score` is the validation loss at this step."""
+        self._count_audio()
+        if self.folder is None:
+            return
+        content = checkpoint_content(self)
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.progress.step, content, score)
+        if self.ledger is not None:
+            self.ledger.write()
+
+    def resume(self, path: Path, loader: Loader) -> list[str]:
+        """Go on from a checkpoint, exactly where its run was if ranks and batches are the same.
+
+        Returns:
+            What has changed since, one line each.
+
+        Raises:
+            ValueError: the checkpoint cannot be read, or is of another model, optimizer or loader; names what differs.
+        """
+        content = load_checkpoint(path)
+        try:
+            load_checkpoint_content(self, content)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: this run cannot go on from it: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if self.checkpoints is not None:
+            self.checkpoints.drop_after(self.progress.step)  # an earlier checkpoint was asked for: the later ones are not to come back
+        self.position = content["loader"]
+        if self.position is None or self.plan.same_batches(content["plan"]):
+            if self.position is not None:
+                loader.load_state_dict(self.position)
+        else:
+            loader.start_at(self.progress.epoch, self.progress.epoch_updates * self.plan.accumulation)
+        return self.plan.changes(content["plan"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, by reference; see `local_state`."""
+        return local_state(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back a copy of `state_dict`."""
+        load_local_state(self, state)
+        self.recent, self._meter = [], Meter(self.progress.step)
+
+    # --- the loop ------------------------------------------------------------------------------------------------------------------------
+
+    def _run(self, loader: Loader, valid_loader: Iterable[Batch] | None, stop: StopRequest) -> None:
+        if self.progress.step == 0:
+            self.save()  # what a roll-back in the first steps goes back to
+        self._meter = Meter(self.progress.step)
+        while not self._is_over():
+            loader.set_epoch(self.progress.epoch)
+            before = self.progress.epoch_updates
+            for batches in self._updates(loader, stop):
+                self.train_step(batches)
+                self._after_step(valid_loader)
+                if self._is_over():
+                    break
+            if self.stopping:
+                self.save()
+                return
+            if self._is_over():
+                break
+            if self.progress.epoch_updates == before == 0:
+                raise ValueError(f"epoch {self.progress.epoch} has no batch for every rank")
+            self.progress.epoch += 1
+            self.progress.epoch_updates = 0
+        handle(self, replace(self.guard.flush(), action="continue"))  # the last step is told of; there is none left to repeat
+        score = None if valid_loader is None else self._validate_and_log(valid_loader)
+        self.save(score)
+
+    def _is_over(self) -> bool:
+        config, progress = self.config, self.progress
+        return progress.epoch >= config.max_epochs or 0 < config.max_steps <= progress.step
+
+    def _updates(self, loader: Loader, stop: StopRequest) -> Iterator[list[Batch]]:
+        """The micro-batches of one update after the other, as many on every rank as on the one that has fewest."""
+        batches = iter(loader)
+        while True:
+            started = time.monotonic()
+            group = list(islice(batches, self.plan.accumulation))
+            position = loader.state_dict()
+            count, going_on = distributed.agree(len(group), int(not stop.requested))
+            self._meter.waited += time.monotonic() - started
+            self.stopping = not going_on
+            if self.stopping or not count:
+                return
+            self.position = position
+            yield group[:count]
+
+    def _after_step(self, valid_loader: Iterable[Batch] | None) -> None:
+        config, step = self.config, self.progress.step
+        verdict = self.guard.poll(step, self.recent[-1].ids)
+        handle(self, verdict)
+        if verdict.action == "continue" and step % config.log_every == 0:
+            verdict = self._log_step()
+            handle(self, verdict)
+        if verdict.action != "continue":
+            return  # rolled back: the step is another one now
+        score = None
+        if valid_loader is not None and config.valid_every and step % config.valid_every == 0:
+            score = self._validate_and_log(valid_loader)
+        if step % config.keep.save_every == 0:
+            self.save(score)
+
+    def _log_step(self) -> Verdict:
+        """Bring the sums of the last steps to the host, and show them."""
+        self._count_audio()
+        values = self.update.metrics.reduce()
+        values |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(self.update.grad_norm),
+            "epoch": self.progress.epoch,
+            "batch_count": self.progress.batch_count,
+            "audio_hours": self.progress.audio_seconds / 3600,
+            "memory_gib": self.memory.bytes / 2**30,
+            **self._meter.lap(),
+        }
+        scale = None if self.update.loss_scale is None else float(self.update.loss_scale.scale)
+        if scale is not None:
+            values["loss_scale"] = scale
+        if self.log is not None:
+            self.log.train(self.progress.step, values)
+        if self.ledger is not None:
+            self.ledger.write()
+        return self.guard.check_log(self.progress.step, values.get("perplexity_predicted"), scale)
+
+    def _validate_and_log(self, loader: Iterable[Batch]) -> float:
+        started = time.monotonic()
+        values = self.validate(loader)
+        if self.log is not None:
+            self.log.valid(self.progress.step, values)
+        self._meter.started += time.monotonic() - started  # this was no training
+        return values["loss"]
+
+    def _count_audio(self) -> None:
+        """Add the audio of all ranks since the last call to the sums."""
+        meter, steps = self._meter, self.progress.step - self._meter.counted_step
+        seconds = float(distributed.all_reduce_sum(torch.tensor(meter.samples, dtype=torch.float64))) / self.sample_rate
+        meter.samples, meter.counted_step = 0, self.progress.step
+        meter.seconds += seconds
+        meter.steps += steps
+        self.progress.audio_seconds += seconds
+        if self.ledger is not None:
+            self.ledger.add(audio_seconds=seconds, steps=steps)
+
+    # --- averages and roll-backs -----------------------------------------------------------------------------------------------------------
+
+    def _update_average(self) -> None:
+        if self.config.average_period and self.progress.step % self.config.average_period == 0:
+            weights = self._whole_weights()
+            if self.average is not None:
+                self.average.update(weights, self.progress.step)
+
+    def _whole_weights(self) -> Mapping[str, Any]:
+        """The model's weights, put together on rank 0 where they are sharded; to be called by all ranks."""
+        weights = self.model.state_dict()
+        return full_state(weights) if is_sharded(self.update.parallel) else weights
+
+    def rewound(self, step: int) -> None:
+        """Training goes on from an earlier `step`; called by a roll-back."""
+        self.recent = []
+        self._meter = Meter(step)
+        self.update.metrics = MetricSums(self.device)
+        if self.log is not None:
+            self.log.rewind(step)
+
+    def say(self, text: str) -> None:
+        """An event, for people and for the log."""
+        if self.log is not None:
+            self.log.event(self.progress.step, text)
+        else:
+            _log.warning("step %d: %s", self.progress.step, text)

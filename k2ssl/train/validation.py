@@ -1,0 +1,66 @@
+"""Validation: the same masks and crops every time, so that two losses can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from k2ssl import distributed
+from k2ssl.train.metrics import MetricSums
+from k2ssl.train.precision import autocast
+from k2ssl.train.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from k2ssl.train.trainer import Trainer
+    from k2ssl.train.update import Batch
+
+
+@torch.no_grad()
+def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
+    """Means over all batches of all ranks. Training is not disturbed: its clock is put back.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    model, clock = trainer.model, trainer.model.clock
+    net = trainer.update.parallel if is_sharded(trainer.update.parallel) else model
+    before: Any = clock.state_dict()  # type: ignore[union-attr]
+    metrics = MetricSums(trainer.device)
+    count = 0
+    model.eval()
+    try:
+        with _averaged(trainer):
+            for number, batch in enumerate(loader):
+                # two parts, where training has three: none of its draws is repeated
+                clock.seed(trainer.seed, number * distributed.world_size() + distributed.rank())  # type: ignore[operator, union-attr]
+                model.check_batch(batch)  # type: ignore[operator]
+                with autocast(trainer.update.dtype, trainer.device):
+                    metrics.add(net(batch.to(trainer.device)))
+                count += 1
+    finally:
+        model.train()
+        clock.load_state_dict(before)  # type: ignore[union-attr]
+    if not distributed.all_reduce_sum(torch.tensor(count)):
+        raise ValueError("validation: the loader gave no batch on any rank")
+    return metrics.reduce()
+
+
+@contextmanager
+def _averaged(trainer: Trainer) -> Iterator[None]:
+    """Inside, every rank's model has the averaged weights, if validation is to use them and there is an average yet."""
+    if not trainer.config.valid_average or trainer.progress.step < trainer.config.average_period:
+        yield
+        return
+    weights = [value for value in trainer.model.state_dict().values() if value.is_floating_point()]
+    own = [value.clone() for value in weights]
+    try:
+        with nullcontext() if trainer.average is None else trainer.average.swapped_in(trainer.model):
+            for value in weights:
+                distributed.broadcast(value)
+            yield
+    finally:
+        for value, before in zip(weights, own, strict=True):
+            value.copy_(before)
