@@ -4,46 +4,60 @@
     python -m k2ssl.bin.fit_kmeans conf/layer6.toml --features.checkpoint model.pt --kmeans.num-clusters 500
     torchrun --nproc-per-node 8 -m k2ssl.bin.fit_kmeans conf/layer6.toml --cuts cuts_train.jsonl.gz --output kmeans.pt
 
-Writes OUTPUT and, beside it, the settings as OUTPUT.json. An interrupted run goes on where it was when the same command is given
-again. Exit status: 0 done, 1 the run failed, 2 wrong usage or settings, 130 interrupted.
+Writes OUTPUT and, beside it, the settings as OUTPUT.json and a line in ledger.jsonl of what it cost. The cuts of
+a large corpus are dealt by hash into parts as large as --kmeans.sample-batches says, of which every epoch reads one. An interrupted run goes on where it was when the same command is
+given again. Exit status: 0 done, 1 the run failed, 2 wrong usage or settings, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from k2ssl import distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_features import (
+from k2ssl.bin.cluster_cuts import (
     PATIENCE_MINUTES,
     Chained,
+    CorpusPart,
     CutLists,
-    HiddenConfig,
     LoaderConfig,
-    build_features,
-    choose_device,
-    list_skipped,
-    peak_memory,
+    SkippedCuts,
+    Survey,
+    check_files,
+    check_job,
+    cut_totals,
+    on_main,
 )
+from k2ssl.bin.cluster_features import HiddenConfig, build_features, choose_device, peak_memory
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
-from k2ssl.config import dump
-from k2ssl.labelling.assign import stream_frames
-from k2ssl.labelling.features import MfccConfig
-from k2ssl.labelling.kmeans import KMeansConfig, Progress, fit_kmeans
+from k2ssl.config import ConfigError, dump
+from k2ssl.labelling.assign import LoadedFrames
+from k2ssl.labelling.corpus_parts import PartCounter
+from k2ssl.labelling.features import FeatureFunction, MfccConfig
+from k2ssl.labelling.kmeans import KMeans, KMeansConfig, Progress, fit_kmeans
+from k2ssl.train.ledger import Ledger
+
+if TYPE_CHECKING:  # slow to import, and not needed to show --help
+    from lhotse.cut import Cut
+
+    from k2ssl.batch import AudioBatch
+    from k2ssl.data.batch_loader import BatchLoader
 
 _log = logging.getLogger(__name__)
 
-_FAILURES_SHOWN = 3  # the first ones; then only their number, at the end
+_LEDGER_EVERY = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class FitKMeans:
         kmeans: how.
         loader: how audio is read.
         max_skipped: share of the cuts that may be left out because their audio cannot be read; they are listed beside OUTPUT. With
-            more than that no centres are written.
+            more than that the run ends and no centres are written.
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
         overwrite: replace OUTPUT if it exists.
         skip_finished: if OUTPUT exists and the same settings led to it, do nothing; other settings are refused.
@@ -75,38 +89,52 @@ class FitKMeans:
     skip_finished: bool = False
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        check_job(self)
+
 
 class FitProgress:
-    """Shows the stages of `fit_kmeans` one after the other; a context manager that ends the last one."""
+    """Shows the stages of `fit_kmeans` one after the other; a context manager that ends the last one.
 
-    def __init__(self, corpus_seconds: float | None, frame_rate: float, config: KMeansConfig, quiet: bool) -> None:
+    Args:
+        part_seconds: of audio in an epoch.
+        frame_rate: of the features, Hz.
+        config: of the fit.
+        quiet: plain lines instead of a progress bar.
+        ledger: that the audio is added to.
+    """
+
+    def __init__(self, part_seconds: float, frame_rate: float, config: KMeansConfig, quiet: bool, ledger: Ledger) -> None:
         self._batch_seconds = config.batch_frames / frame_rate
-        sample = corpus_seconds
-        if config.sample_batches is not None:
-            enough = config.sample_batches * self._batch_seconds
-            sample = enough if sample is None else min(sample, enough)
-        self._totals = {"sample": sample, "updates": config.max_batches * self._batch_seconds}
-        self._quiet = quiet
+        most = config.sample_batches * self._batch_seconds or math.inf
+        self._totals = {"sample": min(part_seconds, most), "updates": config.max_batches * self._batch_seconds}
+        self._quiet, self._ledger = quiet, ledger
         self._stage = ""
         self._shown: AudioProgress | None = None
         self._seconds = 0.0  # of this stage that are shown already
         self._restarts = 0
+        self._written = time.monotonic()
 
     def __call__(self, now: Progress) -> None:
         seconds = now.batches * self._batch_seconds if now.stage == "updates" else 3600 * (now.hours or 0.0)
         if now.stage != self._stage:
             self._end()
             self._stage = now.stage
+            # what an interrupted run did takes no time in this one
+            self._seconds = seconds if now.stage == "updates" else seconds * now.resumed / max(now.frames, 1)
             if now.stage in self._totals:
-                self._shown = AudioProgress(f"k-means {now.stage}", self._totals[now.stage], quiet=self._quiet)
-            self._seconds = seconds if now.stage == "updates" else 0.0  # what an interrupted run did takes no time in this one
+                self._shown = AudioProgress(f"k-means {now.stage}", max(0.0, self._totals[now.stage] - self._seconds), quiet=self._quiet)
         if now.stage == "restarts" and now.inertia is not None and now.restarts_done > self._restarts:
             self._restarts = now.restarts_done
             _log.info("k-means start %d of %d: mean squared distance %.4g", now.restarts_done, now.num_restarts, now.inertia)
         if self._shown is not None:
             note = "" if now.inertia is None else f"batch {now.batches}, mean squared distance {now.inertia:.5g}"
             self._shown.add(seconds - self._seconds, note)
+            self._ledger.add(audio_seconds=seconds - self._seconds)
             self._seconds = seconds
+        if time.monotonic() - self._written > _LEDGER_EVERY:
+            self._ledger.write()
+            self._written = time.monotonic()
 
     def _end(self) -> None:
         if self._shown is not None and self._shown.seconds > 0:  # a resumed run passes through stages without doing anything
@@ -122,10 +150,10 @@ class FitProgress:
 
 def fit(job: FitKMeans) -> None:
     """Do the job on this rank."""
-    from k2ssl.data.labels import cut_list_hash
-    from k2ssl.data.loader import audio_loader
-
-    output = Path(job.output)
+    output, where = Path(job.output), choose_device(job.device)
+    check_files(cuts=job.cuts, checkpoint=job.features.checkpoint if isinstance(job.features, HiddenConfig) else None)
+    if output.is_dir():
+        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
     if output.exists() and not job.overwrite:
         if not job.skip_finished:
             raise ValueError(f"{output} exists; --overwrite True replaces it")
@@ -134,62 +162,102 @@ def fit(job: FitKMeans) -> None:
         return
     writable_folder(output.parent)
     started = time.monotonic()
-    with distributed.set_up(choose_device(job.device), timeout_minutes=PATIENCE_MINUTES) as device:
-        lists = CutLists(job.cuts)
-        cuts = lists.open()
+    with (
+        distributed.set_up(where, timeout_minutes=PATIENCE_MINUTES) as device,
+        Ledger(output.parent, "fit_kmeans", device, distributed.world_size()) as ledger,
+    ):
         features = build_features(job.features, device)
-        skipped: dict[str, str] = {}
-
-        def skip(cut_id: str, reason: str) -> None:
-            if cut_id not in skipped and len(skipped) < _FAILURES_SHOWN:
-                _log.warning("left out: cut %s: %s", cut_id, reason)
-            skipped[cut_id] = reason
-
-        cuts_hash = cut_list_hash(Chained(cuts))
-        loader = audio_loader(
-            Chained(cuts),
-            max_duration=job.loader.max_duration,
-            sample_rate=features.sample_rate,
-            num_workers=job.loader.num_workers,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            seed=job.kmeans.seed,
-            shuffle=True,
-            on_error=skip,
-        )
-
-        def batches(epoch: int) -> Iterator[Tensor]:
-            loader.set_epoch(epoch)
-            return stream_frames(loader, features, device)
-
-        checkpoint = output.with_name(output.name + ".progress")
-        with FitProgress(lists.seconds(), features.frame_rate, job.kmeans, job.quiet) as progress:
-            kmeans = fit_kmeans(
-                batches,
-                job.kmeans,
-                device,
-                checkpoint,
-                progress if distributed.is_main() else None,
-                frame_rate=features.frame_rate,
-                description=features.description,
-                stream={"cuts": cuts_hash, "max_duration": job.loader.max_duration},
-            )
-        list_skipped(output.with_name(f"{output.name}.skipped-{distributed.rank():05d}.tsv"), skipped)
-        num_skipped = int(distributed.all_reduce_sum(torch.tensor([len(skipped)])).item())
-        if num_skipped > job.max_skipped * int(cuts_hash.partition(":")[0]):
-            raise ValueError(
-                f"{num_skipped} cuts cannot be read, max_skipped is {job.max_skipped:.1%}: see {output}.skipped-*.tsv; remove {checkpoint}"
-                " to begin anew when they can"
-            )
+        kmeans, num_skipped = fit_features(job, features, device, ledger)
         if not distributed.is_main():
             return
         with atomic_file(output.with_name(output.name + ".json")) as file:
             file.write(dump(job).encode())
         kmeans.save(output)
-        for left in (checkpoint, checkpoint.with_name(checkpoint.name + ".sample")):
-            left.unlink(missing_ok=True)
+        for left in output.parent.glob(f"{glob.escape(output.name)}.progress*"):
+            left.unlink()
     print(f"{output}: {kmeans.num_clusters} centres of {kmeans.dim} dimensions, sha256 {kmeans.sha256[:16]}...")
     print(f"{time.monotonic() - started:.1f} s, {num_skipped} unreadable cuts left out, peak memory {peak_memory(device)}")
+
+
+def fit_features(job: FitKMeans, features: FeatureFunction, device: torch.device, ledger: Ledger) -> tuple[KMeans, int]:
+    """The centres, and on rank 0 how many cuts were left out.
+
+    Raises:
+        ValueError: more than may be; see also `fit_kmeans`.
+    """
+    output, rank = Path(job.output), distributed.rank()
+    checkpoint = output.with_name(output.name + ".progress")
+    begun = any(output.parent.glob(f"{glob.escape(checkpoint.name)}*"))  # looked for before any rank can have written one
+    cuts = Chained(CutLists(job.cuts).open())
+    whole = on_main(lambda: survey(cuts, job, features.frame_rate))
+    skipped = SkippedCuts(
+        output.with_name(f"{output.name}.skipped-{rank:05d}.tsv"),
+        whole.num_cuts,
+        job.max_skipped,
+        resume=begun,
+        advice=f"; remove {checkpoint}* to begin anew when they can be read",
+    )
+    loader_of = epoch_loaders(job, cuts, whole, features.sample_rate, skipped)
+    with FitProgress(whole.seconds / whole.num_parts, features.frame_rate, job.kmeans, job.quiet, ledger) as progress:
+        kmeans = fit_kmeans(
+            LoadedFrames(loader_of, features, device),
+            job.kmeans,
+            device,
+            checkpoint,
+            progress if distributed.is_main() else None,
+            frame_rate=features.frame_rate,
+            description=features.description,
+            stream={"cuts": whole.cuts_sha256, "max_duration": job.loader.max_duration, "parts": whole.num_parts},
+        )
+    everyone = distributed.gather_objects(set(skipped.reasons))
+    num_skipped = 0
+    with distributed.failing_together():
+        if everyone is not None:
+            num_skipped = len(set.union(*everyone))
+            skipped.check(num_skipped)
+    return kmeans, num_skipped
+
+
+def survey(cuts: Iterable[Cut], job: FitKMeans, frame_rate: float) -> Survey:
+    """Read the manifests through once, and decide into how many parts they are dealt.
+
+    An epoch reads one part, which comes from all over the corpus; epoch after epoch all of it is read. Two batches for every rank is the
+    least that a part must have, lest a rank be left without a frame.
+    """
+    counter = PartCounter(job.kmeans.seed, job.loader.max_duration)
+    found = cut_totals(cuts, lambda cut: counter.add(cut.id, cut.duration))
+    if not job.kmeans.sample_batches:
+        return found
+    part_seconds = job.kmeans.sample_batches * job.kmeans.batch_frames / frame_rate
+    return replace(found, num_parts=counter.num_parts(part_seconds, 2 * distributed.world_size()))
+
+
+def epoch_loaders(
+    job: FitKMeans, cuts: Iterable[Cut], whole: Survey, sample_rate: int, skipped: SkippedCuts
+) -> Callable[[int], BatchLoader[AudioBatch]]:
+    """A function that gives the loader of an epoch, which reads one part of the cuts."""
+    from k2ssl.data.loader import audio_loader
+
+    loaders: dict[int, BatchLoader[AudioBatch]] = {}
+
+    def loader_of(epoch: int) -> BatchLoader[AudioBatch]:
+        part = epoch % whole.num_parts
+        skipped.share = min(1.0, (epoch + 1) / whole.num_parts)
+        if part not in loaders:
+            loaders[part] = audio_loader(
+                CorpusPart(cuts, part, whole.num_parts, job.kmeans.seed),
+                max_duration=job.loader.max_duration,
+                sample_rate=sample_rate,
+                num_workers=job.loader.num_workers,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                seed=job.kmeans.seed,
+                shuffle=True,
+                on_error=skipped,
+            )
+        return loaders[part]
+
+    return loader_of
 
 
 def check_finished(job: FitKMeans, output: Path) -> None:

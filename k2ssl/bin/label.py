@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m k2ssl.bin.label --kmeans layer6.pt --checkpoint model.pt --cuts cuts_train.jsonl.gz --output labels/train
 
 Features are computed as the k-means file says. Every process writes a shard; when all are there they become a label store, whose quality
-is measured: a table is printed, and quality.json and quality.png lie in OUTPUT. An interrupted run goes on where it was when the
+is measured: a table is printed, and quality.json and quality.png lie in OUTPUT, with a line in ledger.jsonl of what it cost. An interrupted run goes on where it was when the
 same command is given again, with as many processes; a finished one is only measured again. Exit status: 0 done, 1 the run failed, 2 wrong
 usage or settings, 130 interrupted.
 """
@@ -28,16 +28,20 @@ import torch
 
 from k2ssl import __version__, distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_features import (
+from k2ssl.bin.cluster_cuts import (
     PATIENCE_MINUTES,
     Chained,
     CutLists,
     LoaderConfig,
-    choose_device,
-    features_of,
-    list_skipped,
-    peak_memory,
+    SkippedCuts,
+    Survey,
+    check_files,
+    check_job,
+    cut_totals,
+    on_main,
+    read_skipped,
 )
+from k2ssl.bin.cluster_features import choose_device, features_of, peak_memory
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.quality_report import CompareConfig, Comparison, measure_store, open_comparison, write_report
@@ -45,6 +49,7 @@ from k2ssl.config import dump
 from k2ssl.labelling.assign import LabelledBatch, label_batches
 from k2ssl.labelling.features import FeatureFunction
 from k2ssl.labelling.kmeans_model import KMeans
+from k2ssl.train.ledger import LEDGER, Ledger
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
     from lhotse.cut import Cut
@@ -67,8 +72,8 @@ class Label:
         cuts: manifests of the audio to label (.jsonl.gz).
         output: folder for the labels; the name of the split, as a rule.
         checkpoint: model file, for centres of hidden states; the one they were fitted with.
-        max_skipped: share of the cuts that may be left without labels because their audio cannot be read or is too short; they are
-            listed in OUTPUT. With more than that the run fails, and goes on when it is repeated.
+        max_skipped: share of all cuts that may be left without labels because their audio cannot be read or is too short; they are
+            listed in OUTPUT. With more than that the run ends, early if it is long, and goes on when it is repeated.
         compare: what the labels are held against when they are done.
         loader: how audio is read.
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
@@ -88,25 +93,17 @@ class Label:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_skipped <= 1:
-            raise ValueError(f"Label: max_skipped is {self.max_skipped}, allowed is a share from 0 to 1")
-
-
-@dataclass(frozen=True)
-class CutTotals:
-    """What a pass over the manifests tells: the hash of the cut list, how many cuts, how many seconds."""
-
-    cuts_sha256: str
-    num_cuts: int
-    seconds: float
+        check_job(self)
 
 
 def label(job: Label) -> None:
     """Do the job on this rank."""
+    where = choose_device(job.device)
+    check_files(kmeans=job.kmeans, cuts=job.cuts, checkpoint=job.checkpoint)
     kmeans = KMeans.load(job.kmeans)
     output = Path(job.output)
     started = time.monotonic()
-    with distributed.set_up(choose_device(job.device), timeout_minutes=PATIENCE_MINUTES) as device:
+    with distributed.set_up(where, timeout_minutes=PATIENCE_MINUTES) as device:
         features = features_of(kmeans, job.checkpoint, device, job.kmeans)
         cuts = Chained(CutLists(job.cuts).open())
         with distributed.failing_together():
@@ -115,87 +112,109 @@ def label(job: Label) -> None:
                     raise ValueError(f"compare.previous is {job.compare.previous}, the very labels that overwrite would remove")
                 compare = open_comparison(job.compare)  # before anything is removed
                 _make_room(output, job.overwrite)
-        totals = count_cuts(cuts)
-        label_shard(job, kmeans, features, device, cuts, totals)
-        distributed.barrier()
-        if distributed.is_main():
-            finish(job, totals, compare)
-            print(f"{time.monotonic() - started:.1f} s in all, peak memory {peak_memory(device)}")
+        with Ledger(output, "label", device, distributed.world_size()) as ledger:
+            totals = on_main(lambda: count_cuts(cuts))
+            label_shard(job, kmeans, features, device, cuts, totals, ledger)
+            distributed.barrier()
+            if distributed.is_main():
+                finish(job, totals, compare)
+                print(f"{time.monotonic() - started:.1f} s in all, peak memory {peak_memory(device)}")
 
 
-def count_cuts(cuts: Chained) -> CutTotals:
+def count_cuts(cuts: Chained) -> Survey:
     """Read the manifests through once.
 
     Raises:
         ValueError: an id that a label store cannot hold, or that occurs twice; better now than after hours of labelling.
     """
     from k2ssl.data.label_index import id_hash
-    from k2ssl.data.labels import cut_list_hash
 
-    num_cuts, seconds = 0, 0.0
     several = len(cuts.lists) > 1  # a single manifest has been searched for ids that occur twice when it was opened
     hashes = array("Q")
 
-    def counted() -> Iterator[Cut]:
-        nonlocal num_cuts, seconds
-        for cut in cuts:
-            if any(character in cut.id for character in "\t\n\r"):
-                raise ValueError(f"cut id {cut.id!r} has a tab or a line break; rename the file and make the manifest anew")
-            if several:
-                hashes.append(id_hash(cut.id))
-            num_cuts, seconds = num_cuts + 1, seconds + cut.duration
-            yield cut
+    def seen(cut: Cut) -> None:
+        if any(character in cut.id for character in "\t\n\r"):
+            raise ValueError(f"cut id {cut.id!r} has a tab or a line break; rename the file and make the manifest anew")
+        if several:
+            hashes.append(id_hash(cut.id))
 
-    cuts_sha256 = cut_list_hash(counted())
-    if several and len(np.unique(np.frombuffer(hashes, np.uint64))) < num_cuts:
+    totals = cut_totals(cuts, seen)
+    if several and len(np.unique(np.frombuffer(hashes, np.uint64))) < totals.num_cuts:
         raise ValueError("the manifests share cut ids: label them apart, or make manifests whose ids differ")
-    return CutTotals(cuts_sha256, num_cuts, seconds)
+    return totals
 
 
-def label_shard(job: Label, kmeans: KMeans, features: FeatureFunction, device: torch.device, cuts: Chained, totals: CutTotals) -> None:
+def label_shard(
+    job: Label, kmeans: KMeans, features: FeatureFunction, device: torch.device, cuts: Chained, totals: Survey, ledger: Ledger
+) -> None:
     """Label this rank's cuts, and list in OUTPUT those that got no labels, with the reason.
 
-    Cuts are dealt out by their number in the manifests, so that what is left after an interruption does not change hands.
+    Cuts are dealt out by their number in the manifests, so that what is left after an interruption does not change hands. A shard is
+    closed only when all ranks are done and no more than `max_skipped` of all cuts had to be skipped.
+
+    Raises:
+        ValueError: more had to; as soon as one rank alone has skipped more.
     """
     from k2ssl.data.labels import LabelShardWriter
-    from k2ssl.data.loader import audio_loader
 
     rank, ranks = distributed.rank(), distributed.world_size()
-    lineage = lineage_of(kmeans, features, totals)
+    listed = Path(job.output) / f"skipped-{rank:05d}-of-{ranks:05d}.tsv"
     with LabelShardWriter(
-        job.output, rank, ranks, kmeans.num_clusters, features.frame_rate, lineage, sampling_rate=features.sample_rate
+        job.output,
+        rank,
+        ranks,
+        kmeans.num_clusters,
+        features.frame_rate,
+        lineage_of(kmeans, features, totals),
+        sampling_rate=features.sample_rate,
     ) as writer:
         if writer.finished:
             _log.info("labels in %s are complete already", writer.folder / writer.stem)
-            return
-        done = writer.done_ids()
-        if len(done):
-            _log.info("%d cuts are labelled already", len(done))
-        skipped: dict[str, str] = {}
-        loader = audio_loader(
-            Chained(cuts.lists, rank, ranks, done),
-            max_duration=job.loader.max_duration,
-            sample_rate=features.sample_rate,
-            num_workers=job.loader.num_workers,
-            on_error=skipped.__setitem__,
-        )
-        left = max(0.0, 1 - len(done) * ranks / totals.num_cuts)
-        batches = label_batches(loader, features, kmeans, device)
-        with AudioProgress("label", totals.seconds * left, quiet=job.quiet, silent=not distributed.is_main()) as progress:
-            _write(batches, writer, skipped, lambda seconds: progress.add(seconds * ranks))  # the other ranks are as far as this one
-        listed = Path(job.output) / f"skipped-{rank:05d}-of-{ranks:05d}.tsv"
-        list_skipped(listed, skipped)
-        share = len(skipped) * ranks / totals.num_cuts
-        if share > job.max_skipped:
-            writer.commit()
-            cut_id, reason = next(iter(skipped.items()))
-            raise ValueError(
-                f"{len(skipped)} cuts ({share:.1%}) cannot be labelled, max_skipped is {job.max_skipped:.1%}: see {listed}; the first is "
-                f"{cut_id}: {reason}"
-            )
+        skipped = SkippedCuts(listed, totals.num_cuts, job.max_skipped, resume=writer.finished)  # skipped cuts are tried again
+        if not writer.finished:
+            label_rest(job, kmeans, features, device, cuts, totals, writer, skipped, ledger)
+            writer.commit()  # what other ranks have to say may end this one
+        skipped.check(int(distributed.all_reduce_sum(torch.tensor(len(skipped.reasons)))))
 
 
-def _write(batches: Iterator[LabelledBatch], writer: LabelShardWriter, skipped: dict[str, str], done: Callable[[float], None]) -> None:
+def label_rest(
+    job: Label,
+    kmeans: KMeans,
+    features: FeatureFunction,
+    device: torch.device,
+    cuts: Chained,
+    totals: Survey,
+    writer: LabelShardWriter,
+    skipped: SkippedCuts,
+    ledger: Ledger,
+) -> None:
+    """Label those of this rank's cuts that the shard does not hold yet."""
+    from k2ssl.data.loader import audio_loader
+
+    rank, ranks = distributed.rank(), distributed.world_size()
+    done = writer.done_ids()
+    if len(done):
+        _log.info("%d cuts are labelled already", len(done))
+    loader = audio_loader(
+        Chained(cuts.lists, rank, ranks, done),
+        max_duration=job.loader.max_duration,
+        sample_rate=features.sample_rate,
+        num_workers=job.loader.num_workers,
+        on_error=skipped,
+    )
+    left = max(0.0, 1 - len(done) * ranks / totals.num_cuts)
+    with AudioProgress("label", totals.seconds * left, quiet=job.quiet, silent=not distributed.is_main()) as progress:
+
+        def did(seconds: float) -> None:
+            progress.add(seconds * ranks)  # the other ranks are as far as this one
+            ledger.add(audio_seconds=seconds * ranks)
+
+        _write(label_batches(loader, features, kmeans, device), writer, skipped, did, ledger)
+
+
+def _write(
+    batches: Iterator[LabelledBatch], writer: LabelShardWriter, skipped: SkippedCuts, did: Callable[[float], None], ledger: Ledger
+) -> None:
     """Write the labels of all batches, and see to it that little is lost when the program is interrupted."""
     committed = time.monotonic()
     try:
@@ -204,10 +223,11 @@ def _write(batches: Iterator[LabelledBatch], writer: LabelShardWriter, skipped: 
                 if len(labels):
                     writer.write(cut_id, labels)
                 else:
-                    skipped[cut_id] = "too short for a label"
-            done(batch.seconds)
+                    skipped(cut_id, "too short for a label")
+            did(batch.seconds)
             if time.monotonic() - committed > _COMMIT_EVERY:
                 writer.commit()
+                ledger.write()
                 committed = time.monotonic()
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk is what may have brought us here
@@ -215,7 +235,7 @@ def _write(batches: Iterator[LabelledBatch], writer: LabelShardWriter, skipped: 
         raise
 
 
-def lineage_of(kmeans: KMeans, features: FeatureFunction, totals: CutTotals) -> Lineage:
+def lineage_of(kmeans: KMeans, features: FeatureFunction, totals: Survey) -> Lineage:
     """Where the labels come from."""
     from k2ssl.data.labels import Lineage
 
@@ -235,7 +255,7 @@ def lineage_of(kmeans: KMeans, features: FeatureFunction, totals: CutTotals) -> 
     )
 
 
-def finish(job: Label, totals: CutTotals, compare: Comparison) -> None:
+def finish(job: Label, totals: Survey, compare: Comparison) -> None:
     """Make the shards a store, measure it and print what it is like.
 
     Raises:
@@ -245,7 +265,7 @@ def finish(job: Label, totals: CutTotals, compare: Comparison) -> None:
 
     output = Path(job.output)
     store = merge_shards(output)
-    skipped = sum(path.read_bytes().count(b"\n") for path in output.glob("skipped-*.tsv"))
+    skipped = sum(len(read_skipped(path)) for path in output.glob("skipped-*.tsv"))
     if len(store) + skipped != totals.num_cuts:
         raise ValueError(
             f"{output}: of {totals.num_cuts} cuts {len(store)} are labelled and {skipped} skipped; label anew with --overwrite True"
@@ -269,7 +289,7 @@ def _make_room(output: Path, overwrite: bool) -> None:
     ours = [path for pattern in (_CONTRACT, *_OF_A_STORE) for path in sorted(output.glob(pattern))]
     if overwrite:
         ours += [path for pattern in (".*.part", "*.partial") for path in sorted(output.glob(pattern)) if path not in ours]
-    if output.is_dir() and not ours and any(not path.name.endswith(".part") for path in output.iterdir()):
+    if output.is_dir() and not ours and any(path.name != LEDGER and not path.name.endswith(".part") for path in output.iterdir()):
         raise ValueError(f"{output} holds other files and no labels: name a folder for labels alone")
     for path in ours if overwrite else ():
         path.unlink()

@@ -20,13 +20,22 @@ from k2ssl.config import ConfigError, load
 Config = TypeVar("Config")
 
 # Errors of libraries and of other ranks whose messages are for people, by name: importing their owners would slow --help down.
-_FOR_PEOPLE = ("AudioLoadingError", "DurationMismatchError", "LibsndfileError", "OutOfMemoryError", "OtherRankError")
+_FOR_PEOPLE = (
+    "AudioLoadingError",
+    "DurationMismatchError",
+    "LibsndfileError",
+    "MemoryError",
+    "NonFiniteError",
+    "OtherRankError",
+    "OutOfMemoryError",
+)
+_NO_MEMORY_ON_CPU = "DefaultCPUAllocator: can't allocate memory"  # torch has no class of its own for it
 
 
 def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequence[str], program: str, description: str) -> int:
     """Load settings of dataclass `cls`, call `main` with them; returns the exit status.
 
-    An error for people (`ValueError`, `OSError`, unreadable audio, no memory on the device) becomes one line on standard error. Any other
+    An error for people (`ValueError`, `OSError`, unreadable audio, no memory left) becomes one line on standard error. Any other
     is a mistake of ours: it passes, with its traceback.
     """
     _log_to_stderr()
@@ -41,7 +50,7 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
         print(f"{program}{rank}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE:
+        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE and _NO_MEMORY_ON_CPU not in str(error):
             raise
         print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
-_BAR = 20  # characters
+from k2ssl.train.status_line import bar, clock_time
 
 
 class AudioProgress:
@@ -68,9 +68,8 @@ class AudioProgress:
         done = f"{self.seconds / 3600:.2f}"
         if self.total:
             share = min(1.0, self.seconds / self.total)
-            filled = round(share * _BAR)
-            bar = f"[{'#' * filled}{'.' * (_BAR - filled)}] " if self._redraws else ""
-            done = f"{bar}{done} of {self.total / 3600:.2f} h ({share:.0%})"
+            drawn = f"{bar(share)} " if self._redraws else ""
+            done = f"{drawn}{done} of {self.total / 3600:.2f} h ({share:.0%})"
         else:
             done += " h"
         parts = [f"{self.what}: {done}", f"{self.speed:,.0f} x real time"]
@@ -101,9 +100,3 @@ class AudioProgress:
         line = f"{self.what}: {self.seconds / 3600:.2f} h in {clock_time(took)}, {self.speed:,.0f} x real time{note}"
         self._stream.write(f"\r\x1b[K{line}\n" if self._redraws else f"{line}\n")
         self._stream.flush()
-
-
-def clock_time(seconds: float) -> str:
-    """`h:mm:ss`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

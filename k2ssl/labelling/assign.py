@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,11 @@ from torch import Tensor
 
 from k2ssl.batch import AudioBatch
 from k2ssl.labelling.features import FeatureFunction
+from k2ssl.labelling.frame_stream import FrameSource
 from k2ssl.labelling.kmeans_model import KMeans
+
+if TYPE_CHECKING:  # slow to import, and not needed to show --help
+    from k2ssl.data.batch_loader import BatchLoader
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,25 @@ class LabelledBatch:
     seconds: float
 
 
-def stream_frames(batches: Iterable[AudioBatch], features: FeatureFunction, device: torch.device | str) -> Iterator[Tensor]:
-    """(F, C) float32 frames of one batch after the other, on `device`, without those of padding; batches without a frame are left out."""
-    for batch in batches:
-        frames, _ = _frames(batch, features, device)
-        if len(frames):
-            yield frames
+class LoadedFrames(FrameSource):
+    """Frames of audio as loaders read it; places are numbers of batches, and what lies before a place is not read again.
+
+    Args:
+        loader_of: the loader of an epoch; the same batches for the same epoch.
+        features: of the audio.
+        device: where to compute them.
+    """
+
+    def __init__(self, loader_of: Callable[[int], BatchLoader[AudioBatch]], features: FeatureFunction, device: torch.device | str) -> None:
+        self.loader_of, self.features, self.device = loader_of, features, device
+
+    def start(self, epoch: int, place: int) -> Iterator[tuple[int, Tensor]]:
+        """See `FrameSource`; frames lie on the device, without those of padding."""
+        loader = self.loader_of(epoch)
+        loader.start_at(epoch, place)
+        for batch in loader:
+            frames, _ = _frames(batch, self.features, self.device)
+            yield loader.state_dict()["batches"], frames
 
 
 def label_batches(

@@ -79,12 +79,19 @@ class MfccConfig:
     delta_window: int = 5
 
     def __post_init__(self) -> None:
+        for name, most in (("sample_rate", 10**6), ("num_bins", 1024), ("frame_length_ms", 10_000), ("frame_shift_ms", 10_000)):
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(f"MfccConfig: {name} is {getattr(self, name)}, a number above 0 and at most {most} is needed")
+        try:
+            LogMel(self.num_bins, self.sample_rate, self.frame_length_ms, self.frame_shift_ms, self.low_freq, self.high_freq)
+        except ValueError as error:
+            raise ValueError(str(error).replace("LogMel", "MfccConfig", 1)) from error
         if not 1 <= self.num_ceps <= self.num_bins:
             raise ValueError(f"MfccConfig: num_ceps is {self.num_ceps}, at least 1 and at most num_bins {self.num_bins} is needed")
         if not (math.isfinite(self.lifter) and self.lifter >= 0):
             raise ValueError(f"MfccConfig: lifter is {self.lifter}, a finite number >= 0 is needed")
-        if self.delta_window < 3 or self.delta_window % 2 == 0:
-            raise ValueError(f"MfccConfig: delta_window is {self.delta_window}, an odd number >= 3 of frames is needed")
+        if not 3 <= self.delta_window <= 999 or self.delta_window % 2 == 0:
+            raise ValueError(f"MfccConfig: delta_window is {self.delta_window}, an odd number of frames from 3 to 999 is needed")
 
 
 class MfccFeatures(nn.Module):

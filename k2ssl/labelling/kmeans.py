@@ -20,96 +20,19 @@ from torch import Tensor
 from k2ssl import distributed
 from k2ssl.atomic_file import save_atomically
 from k2ssl.labelling.features import Scalar
-from k2ssl.labelling.frame_stream import FrameStream, Reservoir, generator
+from k2ssl.labelling.frame_stream import CheckedFrames, FrameSource, FrameStream, Replayed, generator
 from k2ssl.labelling.kmeans_init import best_start, draw_far_frames
-from k2ssl.labelling.kmeans_model import KMeans, check_finite, read_checked
+from k2ssl.labelling.kmeans_model import KMeans, read_checked
+from k2ssl.labelling.kmeans_sample import check_same, draw_sample
+from k2ssl.labelling.kmeans_settings import KMeansConfig, Progress
 from k2ssl.labelling.nearest import Centres, sums_by_label
 
 __all__ = ["KMeans", "KMeansConfig", "Progress", "fit_kmeans"]
 
 _FORMAT = "k2ssl-kmeans-progress"
 _SAMPLE_FORMAT = "k2ssl-kmeans-sample"
-_VERSION = 1
+_VERSION = 2
 _MAY_CHANGE = ("max_batches", "max_no_improvement", "checkpoint_every")  # between an interruption and going on
-
-
-@dataclass(frozen=True)
-class KMeansConfig:
-    """Settings of `fit_kmeans`.
-
-    Attributes:
-        num_clusters: K.
-        batch_frames: frames of a mini-batch, over all ranks.
-        max_batches: mini-batches after which the centres are taken as they are.
-        max_no_improvement: mini-batches without a new lowest smoothed inertia after which fitting ends earlier.
-        smoothing_batches: the inertia is smoothed exponentially with weight 2 / (1 + this) for the newest mini-batch.
-        reservoir_frames: frames of the sample that centres start from.
-        held_out_frames: further frames of the sample that restarts are scored on; no more than a fifth of all frames.
-        sample_batches: mini-batches of epoch 0 to draw the sample from; None for the whole epoch.
-        num_restarts: k-means++ initialisations, of which the best is taken.
-        lloyd_iterations: full k-means iterations on the sample that each restart is refined with.
-        reassign_every: mini-batches between looks for dead clusters; 0 never looks.
-        reassign_ratio: a cluster is dead if it got fewer frames since the last look than this share of the mean cluster.
-        checkpoint_every: mini-batches between checkpoints.
-        seed: of all draws.
-    """
-
-    num_clusters: int = 100
-    batch_frames: int = 10_000
-    max_batches: int = 10_000
-    max_no_improvement: int = 100
-    smoothing_batches: int = 50
-    reservoir_frames: int = 50_000
-    held_out_frames: int = 20_000
-    sample_batches: int | None = None
-    num_restarts: int = 10
-    lloyd_iterations: int = 10
-    reassign_every: int = 10
-    reassign_ratio: float = 0.01
-    checkpoint_every: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"held_out_frames": 0, "lloyd_iterations": 0, "reassign_every": 0, "seed": 0}
-        for name, value in asdict(self).items():
-            if name in ("reassign_ratio", "sample_batches") and value is None:
-                continue
-            if name != "reassign_ratio" and value < least.get(name, 1):
-                raise ValueError(f"KMeansConfig: {name} is {value}, an integer >= {least.get(name, 1)} is needed")
-        if not 0 <= self.reassign_ratio < 1:
-            raise ValueError(f"KMeansConfig: reassign_ratio is {self.reassign_ratio}, at least 0 and less than 1 is needed")
-        if self.reservoir_frames < self.num_clusters:
-            raise ValueError(
-                f"KMeansConfig: reservoir_frames is {self.reservoir_frames}, at least num_clusters {self.num_clusters} is needed"
-            )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far fitting has come.
-
-    Attributes:
-        stage: "sample", "restarts", "updates" or "done".
-        batches: mini-batches done, of at most `max_batches`.
-        frames: frames seen in this stage over all ranks; in the stage "sample" taken to be as many on every rank as on this one.
-        epoch: of the features, on this rank.
-        hours: of audio in `frames`; None if the frame rate is not known.
-        inertia: mean squared distance per frame: of held-out frames (restarts: the best so far; done: of the result) or smoothed over
-            mini-batches (updates).
-        restarts_done: of `num_restarts`.
-        reassigned: dead clusters re-seeded so far.
-    """
-
-    stage: str
-    max_batches: int
-    num_restarts: int
-    batches: int = 0
-    frames: int = 0
-    epoch: int = 0
-    hours: float | None = None
-    inertia: float | None = None
-    restarts_done: int = 0
-    reassigned: int = 0
 
 
 @dataclass
@@ -137,7 +60,7 @@ class _Sample:
 
 
 def fit_kmeans(
-    batches: Callable[[int], Iterator[Tensor]],
+    batches: Callable[[int], Iterator[Tensor]] | FrameSource,
     config: KMeansConfig,
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
@@ -157,11 +80,12 @@ def fit_kmeans(
 
     Args:
         batches: `batches(epoch)` yields (F, D) frames of any F, on any device; the same ones whenever called with the same epoch, best
-            shuffled over the corpus. Epoch 0 is for the sample.
+            shuffled over the corpus. Epoch 0 is for the sample. A `FrameSource` may know a quicker way to a place in an epoch.
         config: settings.
         device: where distances are computed.
-        checkpoint: file that progress is kept in, with `.sample` appended for the sample; an existing one is continued, whereby the
-            features of the interrupted epoch are streamed again up to where it was. Interrupted and uninterrupted runs give the same bits.
+        checkpoint: file that progress is kept in, with `.sample` appended for the sample, and until that is there `.sampling-RANK` for
+            what each rank has of it, saved every few minutes. What exists is continued. Interrupted and uninterrupted runs give the same
+            bits.
         progress: called after every mini-batch and restart.
         frame_rate: Hz, for the hours in `Progress`.
         description: of the features, kept in the result.
@@ -174,7 +98,8 @@ def fit_kmeans(
         ValueError: features that are not finite or change their dimension, fewer (distinct) frames than clusters, or a checkpoint of
             other settings, features or ranks.
     """
-    return _Fit(batches, config, torch.device(device), checkpoint, progress, frame_rate, dict(description or {}), dict(stream or {})).run()
+    source = batches if isinstance(batches, FrameSource) else Replayed(batches)
+    return _Fit(source, config, torch.device(device), checkpoint, progress, frame_rate, dict(description or {}), dict(stream or {})).run()
 
 
 class _Fit:
@@ -182,7 +107,7 @@ class _Fit:
 
     def __init__(
         self,
-        batches: Callable[[int], Iterator[Tensor]],
+        source: FrameSource,
         config: KMeansConfig,
         device: torch.device,
         checkpoint: Path | None,
@@ -191,7 +116,7 @@ class _Fit:
         description: dict[str, Scalar],
         stream: dict[str, Scalar],
     ) -> None:
-        self.batches, self.config, self.device = batches, config, device
+        self.source, self.config, self.device = CheckedFrames(source, device), config, device
         self.checkpoint, self.tell, self.frame_rate, self.description = checkpoint, progress, frame_rate, description
         self.stream = stream
         ranks = distributed.world_size()
@@ -199,7 +124,6 @@ class _Fit:
         if config.batch_frames < ranks:
             raise ValueError(f"KMeansConfig: batch_frames is {config.batch_frames}, at least the number of ranks {ranks} is needed")
         self.share = share  # of a mini-batch
-        self.dim = 0  # of the features, 0 until the first frames have come
         self.progress = Progress("sample", config.max_batches, config.num_restarts)
 
     def run(self) -> KMeans:
@@ -208,8 +132,10 @@ class _Fit:
             state, sample, stream = self._resume(self.checkpoint)
         else:
             state, sample = self._start()
-            stream = FrameStream(self._checked, epoch=1)
+            stream = FrameStream(self.source, epoch=1)
             self._save(state, stream)
+        if self.checkpoint is not None:
+            _sampling_path(self.checkpoint).unlink(missing_ok=True)
         self._report(stage="updates", batches=state.batches, inertia=state.smoothed, reassigned=state.reassigned)
         while state.batches < config.max_batches and state.no_improvement < config.max_no_improvement:
             with distributed.failing_together():
@@ -268,33 +194,18 @@ class _Fit:
 
     def _sample(self) -> Tensor:
         """(R, D) on the CPU, uniform over the frames of all ranks, in random order."""
-        config = self.config
-        reservoir = Reservoir(config.reservoir_frames + config.held_out_frames, (config.seed, 0))
-        enough = math.inf if config.sample_batches is None else config.sample_batches * self.share
-        with distributed.failing_together():
-            for frames in self._checked(0):
-                reservoir.show(frames)
-                self._report(frames=reservoir.num_shown * distributed.world_size())
-                if reservoir.num_shown >= enough:
-                    break
-            if not reservoir.num_shown:
-                raise ValueError(f"features: epoch 0 holds no frame for rank {distributed.rank()}, at least 1 is needed")
-        sample = reservoir.gather(self.device)
+        config, ranks = self.config, distributed.world_size()
+        path = None if self.checkpoint is None else _sampling_path(self.checkpoint)
+        enough = config.sample_batches * self.share or math.inf
+
+        def seen(frames: int, resumed: int) -> None:
+            self._report(frames=frames * ranks, resumed=resumed * ranks)
+
+        capacity = config.reservoir_frames + config.held_out_frames
+        sample = draw_sample(self.source, capacity, config.seed, enough, self.device, path, self._identity(), seen)
         if len(sample) < config.num_clusters:
             raise ValueError(f"KMeansConfig: num_clusters is {config.num_clusters}, but the features hold only {len(sample)} frames")
         return sample
-
-    def _checked(self, epoch: int) -> Iterator[Tensor]:
-        """The features of an epoch as float32 on the device, refused where they are not finite or not (F, D) with one D."""
-        for number, frames in enumerate(self.batches(epoch)):
-            what = f"features of epoch {epoch}, batch {number}"
-            if frames.dim() != 2 or not frames.is_floating_point() or frames.shape[1] != (self.dim or frames.shape[1]):
-                raise ValueError(
-                    f"{what}: {frames.dtype} of shape {tuple(frames.shape)}, floating point (frames, {self.dim or 'dimensions'}) is needed"
-                )
-            check_finite(frames, what)
-            self.dim = frames.shape[1]
-            yield frames.detach().to(self.device, torch.float32)
 
     def _update(self, state: _State, frames: Tensor) -> None:
         """One mini-batch: this rank's (share, D) frames."""
@@ -328,14 +239,14 @@ class _Fit:
     def _save(self, state: _State, stream: FrameStream) -> None:
         positions = distributed.all_gather_rows(torch.tensor([stream.position]))
         if self.checkpoint is not None and distributed.is_main():
-            save_atomically(self.checkpoint, {**self._identity(), **vars(state), "positions": positions})
+            save_atomically(
+                self.checkpoint, {"format": _FORMAT, "version": _VERSION, **self._identity(), **vars(state), "positions": positions}
+            )
 
     def _identity(self) -> dict[str, Any]:
         config = {name: value for name, value in asdict(self.config).items() if name not in _MAY_CHANGE}
         ranks = distributed.world_size()
         return {
-            "format": _FORMAT,
-            "version": _VERSION,
             "config": config,
             "description": self.description,
             "stream": self.stream,
@@ -346,14 +257,13 @@ class _Fit:
         with distributed.failing_together():
             names = [field.name for field in fields(_State)]
             content = read_checked(path, _FORMAT, _VERSION, ("config", "description", "stream", "ranks", "positions", *names))
-            for part in ("config", "description", "stream", "ranks"):
-                _check_same(path, part, content[part], self._identity()[part])
+            check_same(path, content, self._identity())
             parts = [field.name for field in fields(_Sample)]
             kept = read_checked(_sample_path(path), _SAMPLE_FORMAT, _VERSION, tuple(parts))
             sample = _Sample(**{name: self._here(kept[name]) for name in parts})
             state = _State(**{name: self._here(content[name]) for name in names})
-            self.dim = state.centroids.shape[1]
-            stream = FrameStream(self._checked, *content["positions"][distributed.rank()].tolist())
+            self.source.dim = state.centroids.shape[1]
+            stream = FrameStream(self.source, *content["positions"][distributed.rank()].tolist())
         self._report(batches=state.batches, restarts_done=self.config.num_restarts)
         return state, sample, stream
 
@@ -378,12 +288,5 @@ def _sample_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + ".sample")
 
 
-def _check_same(path: Path, part: str, theirs: Any, ours: Any) -> None:
-    if theirs == ours:
-        return
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        pairs = ", ".join(f"{part}.{key} is {ours.get(key)!r}, there {theirs.get(key)!r}" for key in keys)
-    else:
-        pairs = f"{part} is {ours!r}, there {theirs!r}"
-    raise ValueError(f"{path}: holds the progress of another run: {pairs}; delete it to start anew, or name another file")
+def _sampling_path(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.sampling-{distributed.rank():05d}")

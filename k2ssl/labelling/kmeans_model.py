@@ -129,14 +129,36 @@ def read_checked(path: str | Path, kind: str, version: int, keys: tuple[str, ...
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises depends on the file's first bytes
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path}: cannot be read: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{path}: a {kind} file is needed, {_what_it_is(Path(path))}") from error
     if not isinstance(content, Mapping) or content.get("format") != kind:
-        found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(f"{path}: format is {found!r}, {kind!r} is needed")
+        if isinstance(content, Mapping) and "format" in content:
+            raise ValueError(f"{path}: format is {content['format']!r}, {kind!r} is needed")
+        found = f"a table of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise ValueError(f"{path}: a {kind} file is needed, it holds {found}")
     if content.get("version") != version:
         raise ValueError(f"{path}: version is {content.get('version')!r}, this release reads version {version}")
     missing = [key for key in keys if key not in content]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
     return content
+
+
+def _what_it_is(path: Path) -> str:
+    """What lies at a path that torch cannot read, in a few words."""
+    if not path.is_file():
+        return "this is a folder" if path.is_dir() else "there is no such file"
+    try:
+        with path.open("rb") as file:
+            begin = file.read(40)
+    except OSError as error:
+        return f"this one cannot be read ({error.strerror or error})"
+    if not begin:
+        return "this one is empty"
+    if begin.startswith(b"PK"):
+        return "this one is cut off, damaged, or holds more than plain values and tensors"
+    if begin.startswith(b"\x1f\x8b"):
+        return "this one is compressed by gzip"
+    text = begin.decode("ascii", errors="replace").partition("\n")[0].strip()
+    return (
+        f"this one is text: {text!r}" if text.isprintable() and text.isascii() else f"this one begins with the bytes {begin[:8].hex(' ')}"
+    )

@@ -32,7 +32,8 @@ recipe=$(dirname "$recipe_script")
 IFS=, read -r -a folders <<<"$audio_dir"
 splits=() manifests=()
 for folder in "${folders[@]}"; do
-    split=$(basename "$folder")
+    split=$(basename "$(realpath -ms -- "$folder")") # the real name of `.`, but of a link its own
+    [ "$split" != / ] || _refuse "--audio-dir is $folder, which has no name; name a folder below it"
     [[ " ${splits[*]-} " != *" $split "* ]] || _refuse "--audio-dir names two folders called $split"
     splits+=("$split") manifests+=("$out/cuts/cuts_$split.jsonl.gz")
 done

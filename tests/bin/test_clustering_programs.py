@@ -134,11 +134,12 @@ def test_the_settings_beside_the_centres_repeat_the_run(corpus: Corpus, tmp_path
     settings = corpus.folder / "mfcc.pt.json"
     assert fit_kmeans.main([str(settings), "--output", str(tmp_path / "again.pt")]) == 0
     assert KMeans.load(tmp_path / "again.pt").sha256 == KMeans.load(corpus.kmeans).sha256
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.pt", "again.pt.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.pt", "again.pt.json", "ledger.jsonl"]
 
 
 def test_a_finished_store_is_measured_again_but_not_written(corpus: Corpus, labels: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path.name: path.stat().st_mtime_ns for path in labels.iterdir() if not path.name.startswith(("quality", "settings"))}
+    changing = ("quality", "settings", "ledger")
+    before = {path.name: path.stat().st_mtime_ns for path in labels.iterdir() if not path.name.startswith(changing)}
     assert assign(corpus, labels) == 0
     assert "perplexity" in capsys.readouterr().out
     assert {name: (labels / name).stat().st_mtime_ns for name in before} == before
@@ -191,7 +192,7 @@ def test_cuts_that_cannot_be_labelled_are_listed_with_the_reason(
     cuts.append(cuts[5].truncate(duration=0.01, preserve_id=False).with_id("short"))
     write_cuts(cuts, tmp_path / "cuts_some.jsonl.gz")
     assert assign(corpus, tmp_path / "labels", cuts=tmp_path / "cuts_some.jsonl.gz") == 1
-    assert "2 cuts (15.4%) cannot be labelled, max_skipped is 1.0%" in capsys.readouterr().err
+    assert "2 of 13 cuts (15.4%) cannot be used, max_skipped is 1.0%" in capsys.readouterr().err
     assert not (tmp_path / "labels" / "contract.json").exists()
     assert assign(corpus, tmp_path / "labels", "--max-skipped", "0.2", cuts=tmp_path / "cuts_some.jsonl.gz") == 0
     assert "2 of 13 cuts have no labels" in capsys.readouterr().out
@@ -253,8 +254,12 @@ def folder_with_a_file(folder: Path) -> Path:
     return folder / "home"
 
 
+def setting(name: str, value: str, message: str) -> tuple[Callable[[Corpus, Path], int], int, str]:
+    return lambda c, t: fit(c.cuts, t / "k.pt", f"--{name}", value), 2, message
+
+
 REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
-    "cuts that are not there": (lambda c, t: fit(t / "none.jsonl.gz", t / "k.pt"), 1, "none.jsonl.gz: there is no such file"),
+    "cuts that are not there": (lambda c, t: fit(t / "none.jsonl.gz", t / "k.pt"), 2, "none.jsonl.gz: there is no such file"),
     "cuts that are none": (lambda c, t: fit(c.model, t / "k.pt"), 1, "a manifest of cuts ends in"),
     "more classes than frames": (
         lambda c, t: fit(c.cuts, t / "k.pt", "--kmeans.num-clusters", "5000"),
@@ -275,11 +280,43 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
         1,
         "cannot be read as a checkpoint",
     ),
-    "an unknown device": (lambda c, t: fit(c.cuts, t / "k.pt", "--device", "gpu"), 1, "device is 'gpu', allowed are auto, cpu"),
+    "an unknown device": (lambda c, t: fit(c.cuts, t / "k.pt", "--device", "gpu"), 2, "device is 'gpu', allowed are auto, cpu"),
+    "a folder for cuts": (lambda c, t: assign(c, t / "l", cuts=t), 2, "this is a folder, not a file"),
+    "a missing checkpoint for the fit": (
+        lambda c, t: fit(
+            c.cuts, t / "k.pt", "--features.kind", "hidden", "--features.checkpoint", str(t / "m.pt"), "--features.layer", "1"
+        ),
+        2,
+        "m.pt: there is no such file",
+    ),
+    "averaged weights that are not there": (
+        lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(1), "--features.weights", "average"),
+        1,
+        "holds no averaged weights",
+    ),
+    "windows without a hop": (
+        lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(1), "--features.window-seconds", "8"),
+        2,
+        "overlap_seconds is 8.0 and window_seconds 8.0",
+    ),
+    "a folder for the centres": (lambda c, t: fit(c.cuts, t, "--overwrite", "True"), 2, "which is a folder"),
+    "an unknown device for labels": (lambda c, t: assign(c, t / "l", "--device", "tpu"), 2, "Label: device is 'tpu', allowed are auto"),
+    "no sample rate": setting("features.sample-rate", "0", "MfccConfig: sample_rate is 0"),
+    "no frame shift": setting("features.frame-shift-ms", "0", "MfccConfig: frame_shift_ms is 0.0"),
+    "a band beyond the audio": setting("features.high-freq", "8001", "MfccConfig: high_freq is 8001.0"),
+    "too many bands": setting("features.num-bins", "500", "MfccConfig: num_bins is 500, so many that"),
+    "absurd mini-batches": setting("kmeans.batch-frames", "1000000000000", "batch_frames is 1000000000000, allowed are integers from 1 to"),
+    "absurdly many workers": setting("loader.num-workers", "999999", "LoaderConfig: num_workers is 999999, allowed are 0 to"),
+    "endless batches": setting("loader.max-duration", "inf", "LoaderConfig: max_duration is inf"),
+    "a negative share": setting("max-skipped", "-0.1", "FitKMeans: max_skipped is -0.1, allowed is a share"),
     "a share beyond one": (lambda c, t: assign(c, t / "l", "--max-skipped", "5"), 2, "max_skipped is 5.0, allowed is a share"),
     "no cuts at all": (lambda c, t: fit_kmeans.main(["--output", str(t / "k.pt")]), 2, "cuts: this key is missing"),
-    "k-means that is not there": (lambda c, t: assign(c, t / "l", kmeans=t / "none.pt"), 1, "none.pt: cannot be read"),
-    "k-means that is none": (lambda c, t: assign(c, t / "l", kmeans=text_file(t)), 1, "text.pt: cannot be read"),
+    "k-means that is not there": (lambda c, t: assign(c, t / "l", kmeans=t / "none.pt"), 2, "none.pt: there is no such file"),
+    "k-means that is none": (
+        lambda c, t: assign(c, t / "l", kmeans=text_file(t)),
+        1,
+        "text.pt: a k2ssl-kmeans file is needed, this one is text: 'hello'",
+    ),
     "a model for k-means": (lambda c, t: assign(c, t / "l", kmeans=c.model), 1, "format is 'k2ssl-model', 'k2ssl-kmeans' is needed"),
     "k-means of unknown features": (
         lambda c, t: assign(c, t / "l", kmeans=other_centres(t, "")),
@@ -291,11 +328,11 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
         1,
         "k-means centres have 7 dimensions, the features (mfcc) 39",
     ),
-    "a checkpoint for MFCC": (lambda c, t: assign(c, t / "l", "--checkpoint", str(c.model)), 1, "was fitted to MFCC, which need none"),
-    "no checkpoint for a layer": (lambda c, t: assign(c, t / "l", kmeans=c.hidden), 1, "checkpoint is missing: "),
+    "a checkpoint for MFCC": (lambda c, t: assign(c, t / "l", "--checkpoint", str(c.model)), 2, "was fitted to MFCC, which need none"),
+    "no checkpoint for a layer": (lambda c, t: assign(c, t / "l", kmeans=c.hidden), 2, "checkpoint is missing: "),
     "a missing checkpoint": (
         lambda c, t: assign(c, t / "l", "--checkpoint", str(t / "no.pt"), kmeans=c.hidden),
-        1,
+        2,
         "no.pt: there is no such file",
     ),
     "another checkpoint": (
@@ -341,6 +378,7 @@ def test_a_mistake_is_one_line_and_a_status_and_leaves_no_result(
     output = capsys.readouterr()
     assert message in output.err.splitlines()[-1], output.err
     assert "Traceback" not in output.err and not output.out
+    assert status == 1 or not list(tmp_path.glob("**/ledger.jsonl")), "touched before the settings were refused"
     assert not list(tmp_path.glob("**/k.pt")) and not list(tmp_path.glob("**/contract.json")) and not list(tmp_path.glob("**/r.*"))
 
 
@@ -362,7 +400,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_under_a_final_name(cor
     cuts = ["--cuts", str(corpus.cuts)]
     fitted = on_a_full_disk("fit_kmeans", *cuts, "--output", str(tmp_path / "k.pt"), *SMALL)
     assert fitted.returncode == 1
-    assert "k.pt.progress.sample: File too large" in fitted.stderr.splitlines()[-1], fitted.stderr
+    assert "k.pt.progress.sampling-00000: File too large" in fitted.stderr.splitlines()[-1], fitted.stderr
     assert not list(tmp_path.glob("k.pt")) and not list(tmp_path.glob("**/*.part"))
     labelled = on_a_full_disk("label", *cuts, "--kmeans", str(corpus.kmeans), "--output", str(tmp_path / "l"), *READ)
     assert labelled.returncode == 1
@@ -442,7 +480,7 @@ def test_finished_centres_are_left_alone_if_the_same_settings_led_to_them(
 
 
 def test_only_processors_and_cuda_are_devices(corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fit(corpus.cuts, tmp_path / "k.pt", "--device", "meta") == 1
+    assert fit(corpus.cuts, tmp_path / "k.pt", "--device", "meta") == 2
     assert "allowed are auto, cpu, cuda and cuda:NUMBER" in capsys.readouterr().err
 
 
@@ -456,7 +494,7 @@ def test_centres_are_not_fitted_to_what_is_left_of_a_corpus(corpus: Corpus, tmp_
         path.unlink()
     cuts = tmp_path / "cuts_all.jsonl.gz"
     assert fit(cuts, tmp_path / "k.pt") == 1
-    assert "3 cuts cannot be read, max_skipped is 1.0%" in capsys.readouterr().err
+    assert "3 of 12 cuts (25.0%) cannot be used, max_skipped is 1.0%" in capsys.readouterr().err
     assert not (tmp_path / "k.pt").exists()
     assert len((tmp_path / "k.pt.skipped-00000.tsv").read_text().splitlines()) == 3
     assert fit(cuts, tmp_path / "k.pt", "--max-skipped", "0.3") == 0

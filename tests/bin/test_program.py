@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from k2ssl.bin.program import one_line, run_program
-from k2ssl.bin.progress import AudioProgress, clock_time
+from k2ssl.bin.progress import AudioProgress
 from k2ssl.config import ConfigError
 
 
@@ -134,7 +134,3 @@ def test_quiet_means_plain_lines_in_a_terminal_too() -> None:
         clock.now += 31.0
         progress.add(62.0)
     assert stream.getvalue() == "label: 0.02 h, 2 x real time\nlabel: 0.02 h in 0:00:31, 2 x real time\n"
-
-
-def test_clock_time() -> None:
-    assert [clock_time(seconds) for seconds in (0.4, 59.6, 3661, 360000)] == ["0:00:00", "0:01:00", "1:01:01", "100:00:00"]

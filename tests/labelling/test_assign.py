@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
 from k2ssl.batch import AudioBatch
-from k2ssl.labelling.assign import check_same_features, label_batches, stream_frames
+from k2ssl.labelling.assign import LoadedFrames, check_same_features, label_batches
 from k2ssl.labelling.features import MfccConfig, MfccFeatures
 from k2ssl.labelling.kmeans_model import KMeans
 from k2ssl.labelling.windows import windowed
@@ -29,11 +30,36 @@ def alone(of: AudioBatch, i: int) -> torch.Tensor:
     return MFCC(of.audio[i : i + 1, :length], torch.tensor([length]))[0][0]
 
 
-def test_frames_of_padding_are_left_out_and_empty_batches_too() -> None:
-    first, short = batch(8000, 4000), batch(100)
-    streamed = list(stream_frames([first, short], MFCC, "cpu"))
-    assert len(streamed) == 1
-    assert torch.allclose(streamed[0], torch.cat([alone(first, 0), alone(first, 1)]), atol=1e-4)
+class FakeLoader:
+    """Hands out batches as a loader does, and remembers where it was told to start; the second one cannot be read, so it is not there."""
+
+    def __init__(self, *batches: AudioBatch) -> None:
+        self.batches, self.starts, self.done = batches, list[tuple[int, int]](), 0
+
+    def start_at(self, epoch: int, batches: int) -> None:
+        self.starts.append((epoch, batches))
+        self.done = batches
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.done}
+
+    def __iter__(self) -> Iterator[AudioBatch]:
+        while self.done < len(self.batches):
+            self.done += 1
+            if self.done != 2:
+                yield self.batches[self.done - 1]
+
+
+def test_frames_of_padding_are_left_out_and_places_are_batches_of_the_loader() -> None:
+    first, short, last = batch(8000, 4000), batch(100), batch(500)
+    loader = FakeLoader(first, first, short, last)
+    source = LoadedFrames(lambda epoch: loader, MFCC, "cpu")  # type: ignore[arg-type, return-value]
+    streamed = list(source.start(3, 0))
+    assert [place for place, _ in streamed] == [1, 3, 4]
+    assert [len(frames) for _, frames in streamed] == [len(alone(first, 0)) + len(alone(first, 1)), 0, 1]
+    assert torch.allclose(streamed[0][1], torch.cat([alone(first, 0), alone(first, 1)]), atol=1e-4)
+    assert [place for place, _ in source.start(5, 3)] == [4]
+    assert loader.starts == [(3, 0), (5, 3)]
 
 
 def test_each_utterance_gets_its_own_labels_and_one_too_short_for_a_frame_none() -> None:

@@ -14,7 +14,7 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from k2ssl.labelling import nearest
-from k2ssl.labelling.frame_stream import FrameStream, Reservoir, generator
+from k2ssl.labelling.frame_stream import FrameStream, Replayed, Reservoir, generator
 from k2ssl.labelling.kmeans_init import draw_far_frames, plus_plus
 from k2ssl.labelling.kmeans_model import KMeans
 from k2ssl.labelling.nearest import Centres, sums_by_label
@@ -109,7 +109,7 @@ def test_a_saved_model_comes_back_whole(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_whole_model_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "km.pt"
-    with pytest.raises(ValueError, match=r"km\.pt: cannot be read: FileNotFoundError"):
+    with pytest.raises(ValueError, match=r"km\.pt: a k2ssl-kmeans file is needed, there is no such file$"):
         KMeans.load(path)
     KMeans(torch.randn(10, 6)).save(path)
     content = torch.load(path, weights_only=True)
@@ -126,8 +126,31 @@ def test_a_file_that_is_no_whole_model_is_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="lacks description"):
         KMeans.load(path)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"needed, this one is cut off, damaged, or holds more than plain values and tensors$"):
         KMeans.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "this one is empty"),
+        (b"hello\nworld", "this one is text: 'hello'"),
+        (b"\x1f\x8b\x08\x00rest", "this one is compressed by gzip"),
+        (b"RIFF\xff\x00\x00\x00WAVE", "this one begins with the bytes 52 49 46 46 ff 00 00 00"),
+    ],
+)
+def test_what_is_no_file_of_ours_is_told_in_one_short_line(tmp_path: Path, content: bytes, found: str) -> None:
+    path = tmp_path / "km.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        KMeans.load(path)
+    assert str(refused.value) == f"{path}: a k2ssl-kmeans file is needed, {found}"
+    for stored, what in (({"weight": 1, "bias": 2}, "a table of weight, bias"), (torch.zeros(2), "a Tensor")):
+        torch.save(stored, path)
+        with pytest.raises(ValueError, match=f"km.pt: a k2ssl-kmeans file is needed, it holds {what}$"):
+            KMeans.load(path)
+    with pytest.raises(ValueError, match="this is a folder"):
+        KMeans.load(tmp_path)
 
 
 def test_a_full_disk_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,12 +248,12 @@ def test_a_stream_gives_every_frame_once_and_goes_on_from_any_position(lengths: 
 
     if not sum(lengths):
         with pytest.raises(ValueError, match="epoch 3 holds no frame"):
-            FrameStream(batches, 3).take(1)
+            FrameStream(Replayed(batches), 3).take(1)
         return
-    stream, taken, rest_from = FrameStream(batches, 3), [], None
+    stream, taken, rest_from = FrameStream(Replayed(batches), 3), [], None
     for number, size in enumerate(takes):
         if number == at:
-            rest_from, stream = len(taken), FrameStream(batches, *stream.position)
+            rest_from, stream = len(taken), FrameStream(Replayed(batches), *stream.position)
         taken += stream.take(size).flatten().tolist()
     endless = [1000 * epoch + index for epoch in range(3, 3 + sum(takes) // sum(lengths) + 1) for index in range(sum(lengths))]
     assert taken == endless[: sum(takes)], rest_from

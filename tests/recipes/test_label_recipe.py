@@ -15,9 +15,11 @@ import soundfile
 SCRIPT = Path(__file__).parents[2] / "recipes" / "folder" / "label.sh"
 
 
-def label(*options: str | Path, python: str = str(Path(sys.executable).parents[1])) -> subprocess.CompletedProcess[str]:
+def label(
+    *options: str | Path, python: str = str(Path(sys.executable).parents[1]), folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "K2SSL_VENV": python, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", SCRIPT, *map(str, options)], capture_output=True, text=True, env=environment)
+    return subprocess.run(["bash", SCRIPT, *map(str, options)], capture_output=True, text=True, env=environment, cwd=folder)
 
 
 def test_one_command_leads_from_sounds_to_a_report_and_the_next_skips_what_is_there(tmp_path: Path) -> None:
@@ -74,6 +76,8 @@ def test_a_dry_run_shows_every_command_and_does_nothing(tmp_path: Path) -> None:
     [
         ([], "--audio-dir is missing"),
         (["--audio-dir", "a/x,b/x"], "two folders called x"),
+        (["--audio-dir", "./a,../recordings/a"], "two folders called a"),
+        (["--audio-dir", "/"], "--audio-dir is /, which has no name"),
         (["--audio-dir", "a", "--features", "layer6"], "needs --checkpoint"),
         (["--audio-dir", "a", "--features", "fbank"], "mfcc, layerN and stackN are known"),
         (["--audio-dir", "a", "--checkpoint", "m.pt"], "of no use with --features mfcc"),
@@ -84,6 +88,16 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str], mess
     done = label(*options, "--dry-run")
     assert done.returncode == 2
     assert message in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize(("given", "split"), [(".", "here"), ("./", "here"), ("..", "there"), ("../here/", "here"), ("link", "link")])
+def test_a_split_has_the_name_of_its_folder_however_that_is_given(tmp_path: Path, given: str, split: str) -> None:
+    folder = tmp_path / "there" / "here"
+    folder.mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path)
+    done = label("--audio-dir", given, "--out", tmp_path / "exp", "--dry-run", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"--split {split} " in done.stdout and f"/cuts_{split}.jsonl.gz" in done.stdout and f"/labels/{split} " in done.stdout
 
 
 def test_without_an_environment_it_says_what_to_do(tmp_path: Path) -> None:
