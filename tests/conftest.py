@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -90,3 +91,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if failed := os.environ.get("K2SSL_FAILED_CHECKS"):
         terminalreporter.section("other checks failed", red=True)
         terminalreporter.write_line(f"failed before pytest: {failed}")
+
+
+class _NoQuestions(TorchDispatchMode):
+    """Fails on operations whose result the host must wait for."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        boolean_index = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        assert name not in self.forbidden and not boolean_index, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_questions() -> type[TorchDispatchMode]:
+    """A mode under which operations that wait for the device fail."""
+    return _NoQuestions

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from k2ssl.optim.build import OptimConfig
 from k2ssl.train.checkpoint import KeepConfig, load_checkpoint
@@ -214,6 +215,28 @@ def test_bfloat16_trains_to_about_the_same_loss(toy: Any) -> None:
         trainer.train_step(list(toy.ToyLoader(num_batches=2)))
         losses.append(trainer.update.metrics.reduce()["loss_masked"])
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["scaled_adam", "adamw"])
+def test_a_step_never_waits_for_the_device(
+    toy: Any, name: Any, monkeypatch: pytest.MonkeyPatch, no_questions: type[TorchDispatchMode]
+) -> None:
+    model = toy.make_model()
+    monkeypatch.setattr(model, "check_batch", lambda batch: None)  # reads values of tensors on the CPU only
+    monkeypatch.setattr(model, "_num_selected", lambda weights, most_masked: weights.shape[0] * most_masked)  # as off the CPU
+    advance = model.clock.advance
+
+    def advance_unwatched(count: float) -> None:
+        with _disable_current_modes():  # waits for the step before the last, by design
+            advance(count)
+
+    monkeypatch.setattr(model.clock, "advance", advance_unwatched)
+    trainer = toy.make_trainer(None, toy.make_config(9, average_period=0), model=model, optim=OptimConfig(name=name, lr=1e-3))
+    batches = list(toy.ToyLoader())
+    trainer.train_step(batches[:2])  # state is made in the first step
+    with no_questions():
+        for _ in range(5):  # one of them updates the sizes of parameters
+            trainer.train_step(batches[:2])
 
 
 @pytest.mark.parametrize(
