@@ -42,7 +42,7 @@ class RunningAverage:
         """
         if step == 0 or step % self.period:
             return
-        weight = self.period / step
+        weight = (step - self.step) / step  # 1 the first time, whatever the step: the weights before it are not known
         for name, value in _tensors(model).items():
             average = self._average[name]
             if average.is_floating_point():

@@ -87,9 +87,7 @@ class CheckpointFolder:
         if distributed.is_main():
             writable_folder(self.folder)
             self._read_scores()
-            for name in ("step-*.pt", _SCORES):
-                for leftover in self.folder.glob(f".{name}.*.part"):
-                    leftover.unlink(missing_ok=True)
+        self._cleaned = False
 
     def save(self, step: int, content: Mapping[str, Any], score: float | None = None) -> Path:
         """Write one checkpoint; on rank 0 only.
@@ -122,6 +120,7 @@ class CheckpointFolder:
         later = [path.name for path in self._later_than(step) if not _is_damaged(path)]
         if later:
             raise ValueError(f"{self.folder}: step {step} cannot be saved, the folder holds {', '.join(later)} of a later step")
+        self._clean_up()
         path = self.folder / f"step-{step:09d}.pt"
         snapshot = _plain_copy({**added, **content}, "content", {})
         if self._background:
@@ -143,8 +142,9 @@ class CheckpointFolder:
         if error is not None:
             raise error
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint that can be read; None if there is none at all. Damaged ones are passed over with a warning. Reads the file.
+    def latest(self, before: int | None = None) -> Path | None:
+        """The newest checkpoint that can be read, of a step below `before` if that is given; None if there is none at all. Damaged ones
+        are passed over with a warning. Reads the file.
 
         Raises:
             ValueError: all are damaged (to begin anew from there would be no resume), or the newest whole one is no training checkpoint or
@@ -152,7 +152,7 @@ class CheckpointFolder:
             OSError: a file cannot be opened.
         """
         self._join()
-        paths = self.paths()
+        paths = [path for path in self.paths() if before is None or step_of(path) < before]
         for path in reversed(paths):
             try:
                 check_records(path)
@@ -187,6 +187,14 @@ class CheckpointFolder:
         return [path for path in self.paths() if step_of(path) > step]
 
     # --- in the background ---
+
+    def _clean_up(self) -> None:
+        """Remove what a killed process left half-written; not before we write ourselves, since who only looks may have company."""
+        if not self._cleaned:
+            self._cleaned = True
+            for name in ("step-*.pt", _SCORES):
+                for leftover in self.folder.glob(f".{name}.*.part"):
+                    leftover.unlink(missing_ok=True)
 
     def _write_aside(self, path: Path, snapshot: dict[str, Any], score: float | None) -> None:
         try:

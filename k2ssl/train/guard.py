@@ -125,10 +125,13 @@ class Guard:
         config: limits.
         folder: where `write_incident` writes, below "incidents"; None writes nothing.
         device: where losses and norms are.
+        overflows: gradients are those of a scaled loss, which overflows now and then by design: such steps are dropped, but they are no
+            incidents; `min_scale` tells when there are too many.
     """
 
-    def __init__(self, config: GuardConfig, folder: Path | None, device: torch.device | str) -> None:
+    def __init__(self, config: GuardConfig, folder: Path | None, device: torch.device | str, overflows: bool = False) -> None:
         self.config = config
+        self._overflows = overflows
         self.folder = None if folder is None else Path(folder) / "incidents"
         self.rollbacks = 0
         self._device = torch.device(device)
@@ -202,6 +205,7 @@ class Guard:
                 has risen to twice its lowest value so far; a best of 4 or more from then on is what later values are held against.
             loss_scale: None without one.
         """
+        self._recent = [earlier for earlier in self._recent if earlier.step > step - _WINDOW]
         incidents = []
         if loss_scale is not None and loss_scale < self.config.min_scale:
             incidents.append(Incident(step, "collapsed_scale", value=loss_scale, limit=self.config.min_scale))
@@ -303,7 +307,7 @@ class Guard:
         if record is None:
             return Verdict()
         kind, loss, norm, median = record.arrived().tolist()
-        if kind == 0:
+        if kind == 0 or (self._overflows and _KINDS[int(kind) - 1] == "non_finite_gradient"):
             return Verdict()
         incident = Incident(record.step, _KINDS[int(kind) - 1], record.ids, loss, norm, median)
         self._recent = [earlier for earlier in self._recent if earlier.step > incident.step - _WINDOW] + [incident]

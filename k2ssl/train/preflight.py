@@ -36,6 +36,8 @@ class Steps(Protocol):
 
     def train_step(self, batches: list[Any]) -> object: ...
 
+    def update_average(self, now: bool = False) -> None: ...
+
     def state_dict(self) -> Mapping[str, Any]: ...
 
     def load_state_dict(self, state: Any) -> None: ...
@@ -116,6 +118,8 @@ def preflight(
             for name, update in batches:
                 row = _row(name, update, sample_rate)
                 try:
+                    if not rows:
+                        trainer.train_step(list(update))  # the optimizer makes its state in its first step, too late to be measured
                     rows.append(_measured(trainer, update, row))
                 except Exception as error:
                     if not is_out_of_memory(error):
@@ -158,6 +162,7 @@ def _measured(trainer: Steps, update: Sequence[AudioBatch], row: PreflightRow) -
     began = time.perf_counter()
     with PeakMemory(trainer.device) as peak:
         trainer.train_step(list(update))
+        trainer.update_average(now=True)
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)
         largest = distributed.all_gather_rows(torch.tensor([peak.bytes])).max()

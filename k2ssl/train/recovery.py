@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from k2ssl import distributed
-from k2ssl.train.checkpoint import load_checkpoint, step_of
+from k2ssl.train.checkpoint import load_checkpoint
 from k2ssl.train.guard import Incident, Verdict
 from k2ssl.train.inf_check import find_nonfinite
 from k2ssl.train.precision import autocast
@@ -15,7 +15,8 @@ from k2ssl.train.sharding import is_sharded
 from k2ssl.train.state import load_checkpoint_content
 
 if TYPE_CHECKING:
-    from k2ssl.train.trainer import Made, Trainer
+    from k2ssl.train.contract import Made
+    from k2ssl.train.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
@@ -45,11 +46,12 @@ def handle(trainer: Trainer, verdict: Verdict) -> None:
 def _report(trainer: Trainer, incident: Incident) -> None:
     """Write the incident down, with the utterances of every rank and the first module that computed something not finite."""
     made = next((made for made in trainer.recent if made.step == incident.step), None)
+    count = trainer.progress.batch_count if made is None else made.batch_count
     broken = _first_broken_module(trainer, made) if made is not None and incident.kind.startswith("non_finite") else None
     found = distributed.gather_objects({"ids": incident.ids, "first_non_finite": broken})
     if found is None:
         return
-    trainer.guard.write_incident(incident, {"ranks": found, "batch_count": trainer.progress.batch_count})
+    trainer.guard.write_incident(incident, {"ranks": found, "batch_count": count})
     where = next((f", first in {entry['first_non_finite']}" for entry in found if entry["first_non_finite"]), "")
     trainer.say(f"{incident.kind.replace('_', ' ')} at step {incident.step}{where}")
 
@@ -64,6 +66,7 @@ def _first_broken_module(trainer: Trainer, made: Made) -> str | None:
     before = clock.state_dict()
     try:
         for number, batch in enumerate(made.batches):
+            clock.batch_count = made.batch_count
             clock.seed(trainer.seed, made.step - 1, number * distributed.world_size() + distributed.rank())
 
             def run(batch: Any = batch) -> Any:
@@ -74,6 +77,8 @@ def _first_broken_module(trainer: Trainer, made: Made) -> str | None:
 
             if (name := find_nonfinite(trainer.model, run)) is not None:
                 return name
+    except Exception as error:  # no memory for the gradients a second time, for one: telling where is worth no more than the run
+        return f"(not found: {error})"
     finally:
         clock.load_state_dict(before)
     return None
@@ -85,13 +90,14 @@ def _roll_back(trainer: Trainer, verdict: Verdict) -> None:
     incidents: Sequence[Incident] = (*trainer.guard.recent, *verdict.incidents)
     first_bad = min(incident.step for incident in incidents)
     position, epoch, updates = trainer.position, trainer.progress.epoch, trainer.progress.epoch_updates
+    trainer.count_audio()  # what was trained on in vain has been paid for too
     if trainer.folder is None:
         raise DivergedError(f"training diverged at step {first_bad}, and there is no folder with checkpoints to go back to")
     path = None
     if trainer.checkpoints is not None:
         trainer.checkpoints.wait()
-        paths = trainer.checkpoints.paths()
-        path = next((path for path in reversed(paths) if step_of(path) < first_bad), paths[0])
+        # dropped steps leave no harm in the weights, so any checkpoint is better than none
+        path = trainer.checkpoints.latest(before=first_bad) or trainer.checkpoints.latest()
     path = distributed.broadcast_object(path)
     content = load_checkpoint(path)
     load_checkpoint_content(trainer, content)

@@ -55,7 +55,7 @@ def local_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def load_local_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Put back a copy of what `local_state` gave on the same rank."""
+    """Put back what `local_state` gave on the same rank, or a copy of it; an optimizer of torch may go on to use the very tensors."""
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     _load_common(trainer, state)
@@ -94,7 +94,10 @@ def load_checkpoint_content(trainer: Trainer, content: Mapping[str, Any]) -> Non
         trainer.optimizer.load_state_dict(content["optimizer"])
     _load_common(trainer, content)
     ranks = content["ranks"]
-    _load_rank_state(trainer, ranks[min(distributed.rank(), len(ranks) - 1)])
+    state = ranks[min(distributed.rank(), len(ranks) - 1)]
+    if len(ranks) != distributed.world_size():  # sums since the last line of the log are nobody's now
+        state = {**state, "metrics": trainer.update.metrics.state_dict()}
+    _load_rank_state(trainer, state)
 
 
 def check_same_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+_SAME_REQUEST = 5.0  # seconds
 
 
 class StopRequest:
-    """Inside the block, the first SIGINT or SIGTERM is only noted; the next one interrupts at once.
+    """Inside the block, the first SIGINT or SIGTERM is only noted; another one, five seconds later or more, interrupts at once.
+
+    What comes sooner is the same request: a scheduler that signals every process, and a launcher that passes its own signal on.
 
     A scheduler sends SIGTERM some seconds before it takes the machine back: time to finish the step and write a checkpoint.
 
@@ -18,6 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -32,6 +38,7 @@ class StopRequest:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since >= _SAME_REQUEST:
             raise KeyboardInterrupt
-        self.requested = True

@@ -4,7 +4,7 @@
     trainer.fit(train_loader, valid_loader)
 
 The model is the task: `forward(batch)` returns a `LossOutput`, and the loop knows nothing else of speech. Nothing in it waits for the
-device except logging, validation and checkpoints.
+device except logging, validation, checkpoints and the running average.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from k2ssl import distributed
 from k2ssl.optim.schedules import LearningRateSchedule
 from k2ssl.train.averaging import RunningAverage
 from k2ssl.train.checkpoint import CheckpointFolder, KeepConfig, load_checkpoint
+from k2ssl.train.contract import Batch, Loader, Made
 from k2ssl.train.guard import Guard, GuardConfig, Verdict
 from k2ssl.train.ledger import Ledger, Status
 from k2ssl.train.logger import TrainingLog
@@ -37,24 +38,10 @@ from k2ssl.train.recovery import handle
 from k2ssl.train.sharding import full_state, is_sharded
 from k2ssl.train.state import Progress, checkpoint_content, load_checkpoint_content, load_local_state, local_state
 from k2ssl.train.stop import StopRequest
-from k2ssl.train.update import Batch, Moment, Normalization, Sharding, Update
+from k2ssl.train.update import Moment, Normalization, Sharding, Update
 from k2ssl.train.validation import validate
 
 _log = logging.getLogger(__name__)
-
-
-class Loader(Protocol):
-    """What the loop needs of a loader; `k2ssl.data.batch_loader.BatchLoader` has it."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-    def start_at(self, epoch: int, batches: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -95,21 +82,12 @@ class TrainerConfig:
         for name, least in (("max_steps", 0), ("max_epochs", 1), ("average_period", 0), ("valid_every", 0), ("log_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"TrainerConfig: {name} is {getattr(self, name)}, a whole number >= {least} is needed")
+        if self.valid_average and self.sharding != "none":
+            raise ValueError(
+                f"TrainerConfig: valid_average is True and sharding {self.sharding!r}, allowed is one of the two: the average is whole"
+            )
         if self.valid_average and not self.average_period:
             raise ValueError("TrainerConfig: valid_average is True, but average_period is 0, so that there is no average")
-
-
-@dataclass(frozen=True)
-class Made:
-    """An update that was made: its number, its adjusted batch count, and this rank's micro-batches."""
-
-    step: int
-    batch_count: float
-    batches: tuple[Batch, ...]
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(name for batch in self.batches for name in batch.ids)
 
 
 class Trainer:
@@ -164,7 +142,7 @@ class Trainer:
         self.average = RunningAverage(weights, config.average_period) if weights and distributed.is_main() else None
         writes = folder is not None and distributed.is_main()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.keep) if folder is not None and writes else None  # on rank 0
-        self.guard = Guard(config.guard, folder if writes else None, device)
+        self.guard = Guard(config.guard, folder if writes else None, device, overflows=self.update.loss_scale is not None)
         self.memory = PeakMemory(device)
         self.ledger = Ledger(folder, program, device, distributed.world_size()) if folder is not None else None
         self.log: TrainingLog | None = None
@@ -172,6 +150,7 @@ class Trainer:
         self.stopping = False  # a signal came
         self.recent: list[Made] = []  # the last two updates, to look into when one of them turns out bad
         self._meter = Meter(self.progress.step)
+        self._validated, self._saved = -1, -1  # the last steps that were
 
     def fit(self, loader: Loader, valid_loader: Iterable[Batch] | None = None) -> bool:
         """Train to the end.
@@ -194,11 +173,13 @@ class Trainer:
                 self._run(loader, valid_loader, stop)
             status = "interrupted" if self.stopping else "done"
         finally:
-            if self.checkpoints is not None:
-                self.checkpoints.wait()
-            if self.ledger is not None:
-                self.ledger.close(status)
-            self.log.close()
+            try:
+                if self.checkpoints is not None:
+                    self.checkpoints.wait()
+            finally:
+                if self.ledger is not None:
+                    self.ledger.close(status)
+                self.log.close()
         return not self.stopping
 
     def train_step(self, batches: Sequence[Batch]) -> None:
@@ -212,7 +193,7 @@ class Trainer:
         progress.step += 1
         progress.epoch_updates += 1
         self._meter.samples += sum(batch.num_samples for batch in batches)
-        self._update_average()
+        self.update_average()
         if self.log is not None:
             self.log.tick(progress.step)
 
@@ -222,9 +203,10 @@ class Trainer:
 
     def save(self, score: float | None = None) -> None:
         """Write a checkpoint; called by all ranks. `score` is the validation loss at this step."""
-        self._count_audio()
+        self.count_audio()
         if self.folder is None:
             return
+        self._saved = self.progress.step
         content = checkpoint_content(self)
         if self.checkpoints is not None:
             self.checkpoints.save(self.progress.step, content, score)
@@ -254,7 +236,12 @@ class Trainer:
             if self.position is not None:
                 loader.load_state_dict(self.position)
         else:
+            # the same audio lies behind us, in updates of another size perhaps
+            self.progress.epoch_updates = round(
+                self.progress.epoch_updates * content["plan"]["seconds_per_update"] / self.plan.seconds_per_update
+            )
             loader.start_at(self.progress.epoch, self.progress.epoch_updates * self.plan.accumulation)
+        self._validated = self._saved = self.progress.step
         return self.plan.changes(content["plan"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -290,8 +277,11 @@ class Trainer:
             self.progress.epoch += 1
             self.progress.epoch_updates = 0
         handle(self, replace(self.guard.flush(), action="continue"))  # the last step is told of; there is none left to repeat
-        score = None if valid_loader is None else self._validate_and_log(valid_loader)
-        self.save(score)
+        score = None
+        if valid_loader is not None and self._validated != self.progress.step:
+            score = self._validate_and_log(valid_loader)
+        if score is not None or self._saved != self.progress.step:
+            self.save(score)
 
     def _is_over(self) -> bool:
         config, progress = self.config, self.progress
@@ -329,7 +319,7 @@ class Trainer:
 
     def _log_step(self) -> Verdict:
         """Bring the sums of the last steps to the host, and show them."""
-        self._count_audio()
+        self.count_audio()
         values = self.update.metrics.reduce()
         values |= {
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -351,13 +341,14 @@ class Trainer:
 
     def _validate_and_log(self, loader: Iterable[Batch]) -> float:
         started = time.monotonic()
+        self._validated = self.progress.step
         values = self.validate(loader)
         if self.log is not None:
             self.log.valid(self.progress.step, values)
         self._meter.started += time.monotonic() - started  # this was no training
         return values["loss"]
 
-    def _count_audio(self) -> None:
+    def count_audio(self) -> None:
         """Add the audio of all ranks since the last call to the sums."""
         meter, steps = self._meter, self.progress.step - self._meter.counted_step
         seconds = float(distributed.all_reduce_sum(torch.tensor(meter.samples, dtype=torch.float64))) / self.sample_rate
@@ -370,11 +361,13 @@ class Trainer:
 
     # --- averages and roll-backs -----------------------------------------------------------------------------------------------------------
 
-    def _update_average(self) -> None:
-        if self.config.average_period and self.progress.step % self.config.average_period == 0:
+    def update_average(self, now: bool = False) -> None:
+        """Add the weights to the running average if it is time to, or `now` to see what it takes; called by all ranks."""
+        period = self.config.average_period
+        if period and (now or self.progress.step % period == 0):
             weights = self._whole_weights()
             if self.average is not None:
-                self.average.update(weights, self.progress.step)
+                self.average.update(weights, self.average.step + period if now else self.progress.step)
 
     def _whole_weights(self) -> Mapping[str, Any]:
         """The model's weights, put together on rank 0 where they are sharded; to be called by all ranks."""

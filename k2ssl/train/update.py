@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from k2ssl import distributed
 from k2ssl.batch import LossOutput
 from k2ssl.optim.shards import local
+from k2ssl.train.contract import Batch
 from k2ssl.train.loss_scale import LossScale
 from k2ssl.train.metrics import MetricSums
 from k2ssl.train.precision import autocast
@@ -22,18 +23,6 @@ from k2ssl.train.sharding import average_replicated_gradients, gradient_norm, is
 
 Normalization = Literal["targets", "none"]
 Sharding = Literal["none", "fsdp"]
-
-
-class Batch(Protocol):
-    """What the loop needs of any of the batches of `k2ssl.batch`."""
-
-    @property
-    def ids(self) -> tuple[str, ...]: ...
-
-    @property
-    def num_samples(self) -> int: ...
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Any: ...
 
 
 class Judge(Protocol):

@@ -14,8 +14,8 @@ from k2ssl.train.precision import autocast
 from k2ssl.train.sharding import is_sharded
 
 if TYPE_CHECKING:
+    from k2ssl.train.contract import Batch
     from k2ssl.train.trainer import Trainer
-    from k2ssl.train.update import Batch
 
 
 @torch.no_grad()

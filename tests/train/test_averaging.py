@@ -246,3 +246,16 @@ def test_models_that_cannot_be_averaged_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             average_of([*models[:2], {**models[2], **change}])
+
+
+def test_an_average_begun_late_knows_nothing_of_the_weights_before() -> None:
+    model = nn.Linear(1, 1)
+    average = RunningAverage(model, period=5)
+    weights = {500: 1.0, 505: 2.0, 510: 3.0}
+    for step, value in weights.items():
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update(model, step)
+    # the first sample stands for all steps up to it, as the mean of steps 1 to 500 would
+    expected = (500 * 1.0 + 5 * 2.0 + 5 * 3.0) / 510
+    assert average.state_dict()["model"]["weight"].item() == pytest.approx(expected, rel=1e-12)

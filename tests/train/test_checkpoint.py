@@ -381,7 +381,7 @@ folder.wait()
 """
 
 
-def test_a_process_killed_while_it_writes_leaves_the_previous_checkpoint_and_the_next_start_cleans_up(tmp_path: Path) -> None:
+def test_a_process_killed_while_it_writes_leaves_the_previous_checkpoint_and_the_next_to_write_cleans_up(tmp_path: Path) -> None:
     child = run_child(_KILLED, tmp_path)
     assert child.stdout is not None
     assert {child.stdout.readline(), child.stdout.readline()} == {"half\n", "training goes on\n"}
@@ -392,10 +392,13 @@ def test_a_process_killed_while_it_writes_leaves_the_previous_checkpoint_and_the
     assert len(leftovers) == 1 and leftovers[0].stat().st_size > 1000 and steps(tmp_path) == [1]
     other = tmp_path / ".other.7.part"
     other.touch()
-    folder = CheckpointFolder(tmp_path, KeepConfig(save_every=1, keep_last=1))
-    assert list(tmp_path.glob(".*.part")) == [other]  # not ours
+    folder = CheckpointFolder(tmp_path, KeepConfig(save_every=1, keep_last=2))
     latest = folder.latest()
     assert latest is not None and torch.equal(load_checkpoint(latest)["w"], torch.ones(1000))
+    assert set(tmp_path.glob(".*.part")) == {other, *leftovers}  # who only looks may have company
+    folder.save(2, {})
+    folder.wait()
+    assert list(tmp_path.glob(".*.part")) == [other]  # not ours
 
 
 _DISK_FULL = """

@@ -40,9 +40,12 @@ class _Trainer:
             (self.model((batch.audio + noise).unsqueeze(-1)).square().mean()).backward()
         self.optimizer.step()
         self.steps.append(len(batches))
-        self.average.update(self.model, len(self.steps))
         if self.fault is not None:
             raise self.fault
+
+    def update_average(self, now: bool = False) -> None:
+        assert now
+        self.average.update(self.model, len(self.steps))
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "average", "clock")}

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from k2ssl.optim.build import OptimConfig
 from k2ssl.train.checkpoint import KeepConfig, load_checkpoint
-from k2ssl.train.guard import GuardConfig
+from k2ssl.train.guard import Guard, GuardConfig
+from k2ssl.train.loss_scale import LossScale
 from k2ssl.train.recovery import DivergedError
 from k2ssl.train.update import Moment
 
@@ -160,15 +161,94 @@ def test_a_persistent_fault_ends_the_run_after_so_many_roll_backs(toy: Any, tmp_
 
 
 def test_a_roll_back_survives_a_restart(toy: Any, tmp_path: Path) -> None:
-    config = toy.make_config(8, keep=KeepConfig(save_every=4), guard=GuardConfig(max_skipped=2))
+    config = toy.make_config(10, keep=KeepConfig(save_every=4), guard=GuardConfig(max_skipped=2))
     trainer = toy.make_trainer(tmp_path, config)
     trainer.fit(toy.ToyLoader(num_batches=100, poisoned=(12, 14)))
-    again = toy.make_trainer(tmp_path, toy.make_config(9, guard=GuardConfig(max_skipped=2)))
+    again = toy.make_trainer(tmp_path, toy.make_config(12, guard=GuardConfig(max_skipped=2)))
     loader = toy.ToyLoader(num_batches=100)
     again.resume(again.checkpoints.latest(), loader)
     assert again.guard.rollbacks == 1
     again.fit(loader)
     assert again.optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.0225)
+
+
+def test_two_roll_backs_lower_the_rate_twice(toy: Any, tmp_path: Path) -> None:
+    config = toy.make_config(14, keep=KeepConfig(save_every=4), guard=GuardConfig(max_skipped=2))
+    trainer = toy.make_trainer(tmp_path, config)
+    assert trainer.fit(toy.ToyLoader(num_batches=100, poisoned=(12, 14, 30, 32)))
+    assert trainer.guard.rollbacks == 2
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.045 / 4)
+
+
+def test_a_collapse_of_the_predicted_codes_rolls_back_and_keeps_the_checkpoints_before_it(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("k2ssl.train.guard._WINDOW", 5)
+    config = toy.make_config(20, keep=KeepConfig(save_every=4, keep_last=9), guard=GuardConfig(max_skipped=4))
+    trainer = toy.make_trainer(tmp_path, config)
+    reduce = trainer.update.metrics.reduce
+    seen: list[int] = []
+
+    def collapsed_once() -> dict[str, float]:
+        seen.append(trainer.progress.step)
+        perplexity = {1: 1.5, 14: 0.1}.get(len(seen), 4.0)  # learnt, then gone at the fourteenth line
+        return {**reduce(), "perplexity_predicted": perplexity}
+
+    monkeypatch.setattr(trainer.update.metrics, "reduce", collapsed_once)
+    assert trainer.fit(toy.ToyLoader(num_batches=200, poisoned=(4,)))  # step 3 is long forgotten at step 14
+    assert trainer.guard.rollbacks == 1
+    assert seen[13] == 14 and "rolled back to step 12" in (tmp_path / "metrics.jsonl").read_text()
+    assert [path.name for path in trainer.checkpoints.paths()] == [f"step-{step:09d}.pt" for step in range(0, 21, 4)]
+    (collapse,) = [path for path in (tmp_path / "incidents").iterdir() if "collapsed_codes" in path.name]
+    assert json.loads(collapse.read_text())["value"] == 0.1
+
+
+def test_looking_into_a_bad_step_does_not_change_what_comes_after(toy: Any, curve: Curve, tmp_path: Path, monkeypatch: Any) -> None:
+    toy.make_trainer(tmp_path / "with", toy.make_config(6)).fit(toy.ToyLoader(poisoned=(3,)))
+    monkeypatch.setattr("k2ssl.train.recovery._first_broken_module", lambda trainer, made: None)
+    toy.make_trainer(tmp_path / "without", toy.make_config(6)).fit(toy.ToyLoader(poisoned=(3,)))
+    assert curve(tmp_path / "with") == curve(tmp_path / "without")
+
+
+def test_sums_between_two_lines_of_the_log_survive_a_restart(toy: Any, curve: Curve, tmp_path: Path) -> None:
+    config = dataclasses.replace(toy.make_config(6), log_every=3)
+    toy.make_trainer(tmp_path / "whole", config).fit(toy.ToyLoader())
+    toy.make_trainer(tmp_path / "halves", dataclasses.replace(config, max_steps=4)).fit(toy.ToyLoader())
+    second, loader = toy.make_trainer(tmp_path / "halves", config), toy.ToyLoader()
+    second.resume(second.checkpoints.latest(), loader)
+    second.fit(loader)
+    assert curve(tmp_path / "halves", "loss", "num_targets") == curve(tmp_path / "whole", "loss", "num_targets")
+
+
+def test_the_last_step_is_validated_and_saved_once_and_a_finished_run_does_nothing_again(toy: Any, tmp_path: Path) -> None:
+    config = toy.make_config(4, valid_every=2, keep=KeepConfig(save_every=2))
+    trainer = toy.make_trainer(tmp_path, config)
+    trainer.fit(toy.ToyLoader(), [toy.batch(100)])
+    again, loader = toy.make_trainer(tmp_path, config), toy.ToyLoader()
+    path = again.checkpoints.latest()
+    written = path.stat().st_mtime_ns
+    again.resume(path, loader)
+    again.fit(loader, [toy.batch(100)])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [2, 4]
+    assert path.stat().st_mtime_ns == written and not loader.handed_out
+
+
+def test_a_scaled_loss_trains_as_an_unscaled_one_and_overflows_are_no_incidents(toy: Any, tmp_path: Path) -> None:
+    losses, norms = [], []
+    for scale in (None, 1024.0, 1e38):
+        trainer = toy.make_trainer(tmp_path / str(scale), toy.make_config(9))
+        if scale is not None:
+            trainer.update.loss_scale = LossScale("cpu", init=scale)
+            trainer.guard = Guard(trainer.config.guard, tmp_path / str(scale), "cpu", overflows=True)
+        batches = list(toy.ToyLoader())
+        for step in range(3):
+            trainer.train_step(batches[2 * step : 2 * step + 2])
+            assert trainer.guard.poll(step + 1, ()).action == "continue"
+        losses.append(trainer.update.metrics.reduce()["loss"])
+        norms.append(trainer.update.grad_norm.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert not math.isfinite(norms[2]) and not (tmp_path / "1e+38/incidents").exists()
 
 
 def test_other_ranks_or_batches_keep_the_audio_per_update_and_the_place_in_the_epoch(toy: Any, tmp_path: Path) -> None:
@@ -180,7 +260,9 @@ def test_other_ranks_or_batches_keep_the_audio_per_update_and_the_place_in_the_e
     assert "1 ranks x 2 micro-batches x 1.0 s became 1 x 4 x 0.5 s" in change
     assert loader.state_dict() == {"epoch": 0, "batches": 12}
     another = toy.make_trainer(tmp_path, toy.make_config(4, per_update=4.0))
-    changes = another.resume(tmp_path / "checkpoints/step-000000003.pt", toy.ToyLoader())
+    loader = toy.ToyLoader(num_batches=100)
+    changes = another.resume(tmp_path / "checkpoints/step-000000003.pt", loader)
+    assert loader.state_dict() == {"epoch": 0, "batches": 6}  # the same plan of batches: exactly where it was
     assert "seconds per update were 2.0, they are 4 now" in changes[0]
 
 
@@ -242,6 +324,7 @@ def test_a_step_never_waits_for_the_device(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"valid_average": True, "sharding": "fsdp"}, "valid_average is True and sharding 'fsdp'"),
         ({"max_steps": -1}, "max_steps is -1"),
         ({"log_every": 0}, "log_every is 0"),
         ({"average_period": 0, "valid_average": True}, "there is no average"),

@@ -1,0 +1,48 @@
+"""What the training loop needs of batches and loaders, which are made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class Batch(Protocol):
+    """What the loop needs of any of the batches of `k2ssl.batch`."""
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Any: ...
+
+
+class Loader(Protocol):
+    """What the loop needs of a loader; `k2ssl.data.batch_loader.BatchLoader` has it."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def start_at(self, epoch: int, batches: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """An update that was made: its number, its adjusted batch count, and this rank's micro-batches."""
+
+    step: int
+    batch_count: float
+    batches: tuple[Batch, ...]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(name for batch in self.batches for name in batch.ids)
