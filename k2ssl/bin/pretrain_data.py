@@ -1,0 +1,218 @@
+"""The data of a pre-training run: manifests with their labels, checked against the model before anything else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from k2ssl import distributed
+from k2ssl.bin.cluster_cuts import CutLists, check_files
+from k2ssl.train.plan import BatchPlan
+
+if TYPE_CHECKING:  # slow to import, and not needed to show --help
+    from lhotse.cut import Cut
+
+    from k2ssl.batch import PretrainBatch
+    from k2ssl.data.label_union import LabelUnion
+    from k2ssl.data.labels import LabelStore
+    from k2ssl.data.loader import BatchLoader
+    from k2ssl.models.hubert import HubertModel
+
+_log = logging.getLogger(__name__)
+
+_QUICK = 1000  # cuts of each manifest that a resumed run checks again
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    """What is trained on.
+
+    Attributes:
+        cuts: manifests to train on (.jsonl.gz).
+        labels: folders of labels, one for each manifest; with several label sets first all folders of the first set, then all of the
+            second, and so on.
+        weights: how often a manifest is drawn from, relative numbers of cuts, one for each; none given: every cut once an epoch.
+        valid_cuts: manifests to validate on; none: no validation.
+        valid_labels: their labels, as for `labels`.
+        min_seconds: shorter utterances are left out, s.
+        max_seconds: utterances are cropped to this length at random, s.
+        normalize: bring every whole utterance to zero mean and unit variance before it is cropped, as published for Large.
+        quadratic_duration: count an utterance of d seconds as d + d^2 / quadratic_duration; none: as d.
+        num_buckets: groups of similar duration, from one of which a batch is drawn.
+        buffer_size: cuts that are held at a time; the larger, the better the shuffling.
+        num_workers: processes of each rank that read audio; 0 reads in the training process.
+        max_check: cuts of each manifest whose labels are held against the model before training; 0: all.
+    """
+
+    cuts: tuple[str, ...]
+    labels: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    valid_cuts: tuple[str, ...] = ()
+    valid_labels: tuple[str, ...] = ()
+    min_seconds: float = 2.0
+    max_seconds: float = 15.625
+    normalize: bool = False
+    quadratic_duration: float | None = None
+    num_buckets: int = 30
+    buffer_size: int = 20000
+    num_workers: int = 4
+    max_check: int = 300000
+
+    def __post_init__(self) -> None:
+        if not self.cuts:
+            raise ValueError("PretrainData: cuts is empty, at least one manifest is needed")
+        for manifests, folders in (("cuts", "labels"), ("valid_cuts", "valid_labels")):
+            num_manifests, num_folders = len(getattr(self, manifests)), len(getattr(self, folders))
+            if (num_folders == 0) != (num_manifests == 0) or (num_manifests and num_folders % num_manifests):
+                raise ValueError(
+                    f"PretrainData: {folders} has {num_folders} entries for {num_manifests} {manifests}; one folder of labels for every "
+                    "manifest (and label set) is needed"
+                )
+        if self.weights and len(self.weights) != len(self.cuts):
+            raise ValueError(f"PretrainData: weights has {len(self.weights)} entries for {len(self.cuts)} cuts; one each, or none at all")
+        if not 0 <= self.min_seconds <= self.max_seconds:
+            raise ValueError(
+                f"PretrainData: min_seconds is {self.min_seconds} and max_seconds {self.max_seconds}, allowed is 0 <= min_seconds <= max_seconds"
+            )
+        for name, least in (("num_buckets", 1), ("buffer_size", 1), ("num_workers", 0), ("max_check", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"PretrainData: {name} is {getattr(self, name)}, a whole number >= {least} is needed")
+        if self.num_workers > 256:
+            raise ValueError(f"PretrainData: num_workers is {self.num_workers}, at most 256 processes per rank are allowed")
+
+
+class OpenedData:
+    """The manifests and label stores of a run, opened."""
+
+    def __init__(self, config: PretrainData) -> None:
+        """
+        Raises:
+            ValueError: a manifest or a folder of labels is missing or damaged, or labels do not go together.
+        """
+        check_files(**{"data.cuts": config.cuts, "data.valid_cuts": config.valid_cuts})
+        self.config = config
+        self.train_cuts, self.train_labels = _open(config.cuts, config.labels)
+        self.valid_cuts, self.valid_labels = _open(config.valid_cuts, config.valid_labels)
+
+    @property
+    def lineage(self) -> dict[str, dict[str, Any]]:
+        """Where the training labels come from, for the record: one entry for each folder."""
+        stores = [store for union in self.train_labels for store in union.stores]
+        return {
+            f"labels[{number}]": {
+                "features": store.contract.lineage.features,
+                "kmeans_sha256": store.contract.lineage.kmeans_sha256,
+                "checkpoint_sha256": store.contract.lineage.checkpoint_sha256,
+                "cuts_sha256": store.contract.lineage.cuts_sha256,
+                "num_classes": store.contract.num_classes,
+            }
+            for number, store in enumerate(stores)
+        }
+
+    def seconds(self) -> float | None:
+        """Audio of one epoch as the summaries beside the manifests say; None if one has none."""
+        return CutLists(self.config.cuts).seconds()
+
+    def check(self, model: HubertModel, quick: bool = False) -> list[str]:
+        """Hold all labels against the model and the cuts; `quick` looks at 1,000 cuts of each manifest at most.
+
+        Returns:
+            What was found, one line each.
+
+        Raises:
+            ValueError: labels that do not fit; names both sides of each mismatch.
+        """
+        lines: list[str] = []
+        most = self.config.max_check
+        if quick:
+            most = min(most, _QUICK) if most else _QUICK
+        for cuts, unions in ((self.train_cuts, self.train_labels), (self.valid_cuts, self.valid_labels)):
+            if cuts and len(unions) != len(model.heads):
+                raise ValueError(f"data: {len(unions)} label sets are given, the model has {len(model.heads)} heads (head.num_classes)")
+            for label_set, union in enumerate(unions):
+                for manifest, store in zip(cuts, union.stores, strict=True):
+                    checked = union.without_conflicts(islice(manifest, most or None))
+                    lines += _check_store(model, label_set, checked, store)
+        return lines
+
+    def train_loader(self, plan: BatchPlan, sample_rate: int, seed: int, device: torch.device) -> BatchLoader[PretrainBatch]:
+        """Random crops, other ones in every epoch."""
+        from k2ssl.data.loader import Corpora
+
+        config = self.config
+        # without weights every cut comes once: sets that are used up drop out
+        weights = config.weights or tuple(1.0 for _ in config.cuts)
+        corpora = Corpora(tuple(self.train_cuts), weights, repeat=bool(config.weights))
+        return self._loader(corpora, self.train_labels, plan, sample_rate, seed, device, shuffle=True)
+
+    def valid_loader(
+        self, plan: BatchPlan, sample_rate: int, device: torch.device, drop_incomplete: bool
+    ) -> BatchLoader[PretrainBatch] | None:
+        """The same crops every time, of every utterance unless `drop_incomplete` keeps the ranks in step; None without validation data."""
+        if not self.valid_cuts:
+            return None
+        from k2ssl.data.loader import Corpora
+
+        corpora = Corpora(tuple(self.valid_cuts), tuple(1.0 for _ in self.valid_cuts), repeat=False)
+        return self._loader(corpora, self.valid_labels, plan, sample_rate, 0, device, shuffle=False, drop_incomplete=drop_incomplete)
+
+    def _loader(
+        self, corpora: Any, labels: list[LabelUnion], plan: BatchPlan, sample_rate: int, seed: int, device: torch.device, **options: bool
+    ) -> BatchLoader[PretrainBatch]:
+        from k2ssl.data.loader import pretrain_loader
+
+        config = self.config
+        return pretrain_loader(
+            corpora,
+            labels,
+            max_duration=plan.micro_batch_seconds,
+            quadratic_duration=config.quadratic_duration,
+            num_buckets=config.num_buckets,
+            buffer_size=config.buffer_size,
+            min_seconds=config.min_seconds,
+            max_seconds=config.max_seconds,
+            sample_rate=sample_rate,
+            normalize=config.normalize,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            seed=seed,
+            num_workers=config.num_workers,
+            pin_memory=device.type == "cuda",
+            on_error=_say_unreadable,
+            **options,
+        )
+
+
+def _check_store(model: HubertModel, label_set: int, cuts: Iterable[Cut], store: LabelStore) -> list[str]:
+    from k2ssl.data.label_contract import check_labels_fit
+
+    report = check_labels_fit(
+        store,
+        num_classes=model.config.head.num_classes[label_set],
+        frame_rate=model.frontend.frame_rate,
+        sample_rate=model.frontend.sample_rate,
+        num_frames=model.frontend.num_frames,
+        cuts=cuts,
+        label_rate=model.label_rate[label_set],
+    )
+    return report.text().splitlines()
+
+
+def _open(manifests: tuple[str, ...], folders: tuple[str, ...]) -> tuple[list[Iterable[Cut]], list[LabelUnion]]:
+    from k2ssl.data.cuts import read_cuts
+    from k2ssl.data.label_union import LabelUnion
+    from k2ssl.data.labels import LabelStore
+
+    cuts: list[Iterable[Cut]] = [read_cuts(path) for path in manifests]
+    stores = [LabelStore.open(folder) for folder in folders]
+    step = max(len(manifests), 1)
+    return cuts, [LabelUnion(stores[start : start + step]) for start in range(0, len(stores), step)]
+
+
+def _say_unreadable(cut_id: str, reason: str) -> None:
+    _log.warning("cut %s is left out: %s", cut_id, reason)
