@@ -60,12 +60,16 @@ class AsrBatch:
         audio_lens: (N,) int64 sample counts on the CPU; None means that nothing is padded.
         texts: N transcripts, as they are in the manifest.
         ids: N utterance ids.
+        tokens: (N, U) int64 token ids of the transcripts, U the longest, anything at padding; None where there is no tokenizer.
+        token_lens: (N,) int64 token counts, always on the CPU; None with `tokens`.
     """
 
     audio: Tensor
     audio_lens: Tensor | None
     texts: tuple[str, ...]
     ids: tuple[str, ...]
+    tokens: Tensor | None = None
+    token_lens: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -73,12 +77,14 @@ class AsrBatch:
         return _num_samples(self.audio, self.audio_lens)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> AsrBatch:
-        """The same batch on another device; `audio_lens` stays on the CPU."""
-        return replace(self, audio=self.audio.to(device, non_blocking=non_blocking))
+        """The same batch on another device; `audio_lens` and `token_lens` stay on the CPU."""
+        tokens = None if self.tokens is None else self.tokens.to(device, non_blocking=non_blocking)
+        return replace(self, audio=self.audio.to(device, non_blocking=non_blocking), tokens=tokens)
 
     def pin_memory(self) -> AsrBatch:
         """The same batch in page-locked memory, from which `to` copies without waiting."""
-        return replace(self, audio=self.audio.pin_memory())
+        tokens = None if self.tokens is None else self.tokens.pin_memory()
+        return replace(self, audio=self.audio.pin_memory(), tokens=tokens)
 
 
 @dataclass(frozen=True)

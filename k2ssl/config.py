@@ -163,7 +163,7 @@ def _options(hint: Any, settings: Any, name: str) -> Any:
             entries[key] = _options(field_hint, settings.get(key), key)
         elif not _holds_tables(field_hint):
             value = f"(default: {_shown(settings[key])})" if key in settings else _no_default(hint, key)
-            text = "which of these settings" if key == _KIND else docs.get(key, "")
+            text = docs.get(key) or ("which of these settings" if key == _KIND else "")
             entries[key] = Annotated[field_hint, tyro.conf.arg(help=text or None, help_behavior_hint=value)]
     table = TypedDict(name, entries, total=False)  # type: ignore[misc]
     table.__doc__ = " ".join(_summary(option) for option in _dataclasses_in(hint))

@@ -48,6 +48,8 @@ ONLY_FROM: dict[str, set[str]] = {
     "tyro": {"config"},
     "k2": {"lattice"},
     "lhotse": {"data", "labelling", "bin"},
+    "sentencepiece": {"data"},
+    "kaldialign": {"decode"},
     "sklearn": set(),
     "espeakng_loader": set(),
     "pytest": set(),

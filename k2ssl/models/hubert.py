@@ -11,19 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from k2ssl.batch import LossOutput, PretrainBatch, padding_mask_from_lens
+from k2ssl.batch import LossOutput, PretrainBatch
 from k2ssl.losses.masked_prediction import FrameSums, prediction_sums
-from k2ssl.models.encoder_output import EncoderOutput
-from k2ssl.models.frontend import FrontendConfig, WaveformConfig, build_frontend
-from k2ssl.models.masking import MaskingConfig, draw_span_mask, most_hidden, select_true
+from k2ssl.models.frontend import FrontendConfig, WaveformConfig
+from k2ssl.models.masking import MaskingConfig, most_hidden, select_true
 from k2ssl.models.prediction_head import HeadConfig, build_head
-from k2ssl.models.transformer import TransformerConfig, TransformerEncoder
-from k2ssl.models.zipformer import Zipformer, ZipformerConfig
-from k2ssl.nn.dropout import Dropout
+from k2ssl.models.speech_encoder import Encoded, EncoderConfig, SpeechEncoder
+from k2ssl.models.transformer import TransformerConfig
+from k2ssl.models.zipformer import ZipformerConfig
 from k2ssl.nn.schedule import Clock
 from k2ssl.structure import check_types
 
-EncoderConfig = ZipformerConfig | TransformerConfig
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -101,40 +99,12 @@ class HubertConfig:
         )
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Encoded audio.
-
-    Attributes:
-        output: what the encoder returned.
-        padding_mask: (N, T) bool, True at padding; None when nothing is padded.
-        features: (N, T, C) of the frontend, before normalisation.
-    """
-
-    output: EncoderOutput
-    padding_mask: Tensor | None
-    features: Tensor
-
-
-class HubertModel(nn.Module):
-    """Frontend, mask, encoder, heads.
-
-    `clock` is the one handle for training: call `clock.advance(adjusted batch count)` before every step and `clock.seed(...)`, with
-    integers that name the micro-batch, before every forward pass; see `Clock`. A step is replayed by restoring the clock's
-    `state_dict` of before these calls.
-    """
+class HubertModel(SpeechEncoder):
+    """An encoder with one head per label set."""
 
     def __init__(self, config: HubertConfig, clock: Clock | None = None) -> None:
-        super().__init__()
+        super().__init__(config.frontend, config.encoder, config.masking, config.input_dropout, clock)
         self.config = config
-        self.clock = Clock() if clock is None else clock
-        self.frontend = build_frontend(config.frontend)
-        self.encoder = build_encoder(config.encoder, self.clock)
-        self.feature_norm = nn.LayerNorm(self.frontend.output_dim)
-        same_width = self.frontend.output_dim == self.encoder.input_dim
-        self.projection = nn.Identity() if same_width else nn.Linear(self.frontend.output_dim, self.encoder.input_dim)
-        self.input_dropout = Dropout(config.input_dropout, self.clock)
-        self.mask_embedding = nn.Parameter(torch.rand(self.encoder.input_dim))
         self.heads = nn.ModuleList(build_head(config.head, self.encoder.output_dim, k) for k in config.head.num_classes)
         self.label_rate = config.label_rate or (self.frontend.frame_rate,) * len(self.heads)
 
@@ -159,57 +129,10 @@ class HubertModel(nn.Module):
         most_masked = num_frames
         if mask is None:
             mask = self.draw_mask(batch.audio, batch.audio_lens)
-            masking = self.config.masking
+            masking = self.masking
             most_masked = most_hidden(num_frames, masking.probability, masking.length, masking.min_spans)
         encoded = self.encode(batch.audio, batch.audio_lens, mask)
         return self._loss(encoded, batch.labels, mask, most_masked)
-
-    def encode(
-        self,
-        audio: Tensor,
-        audio_lens: Tensor | None = None,
-        mask: Tensor | None = None,
-        return_hidden: bool = False,
-        stop_after: int | None = None,
-    ) -> Encoded:
-        """Audio (N, S) to encoder frames; `mask` (N, T) True where frames are hidden, None hides nothing.
-
-        For `return_hidden` and `stop_after` see the encoder: `encode(audio, lens, stop_after=6).output.frames` are the features of
-        layer 6, for which no later layer is computed.
-
-        Raises:
-            ValueError: see `Frontend.check_lens`; a `mask` of another shape or type; no such layer.
-        """
-        lens = self.frontend.check_lens(audio, audio_lens)
-        num_frames = self.frontend.num_frames(audio.shape[1])
-        if mask is not None and (mask.shape != (len(lens), num_frames) or mask.dtype != torch.bool):
-            raise ValueError(
-                f"HubertModel: mask has shape {tuple(mask.shape)} and type {mask.dtype}, allowed is {(len(lens), num_frames)} and torch.bool"
-            )
-        features = self.frontend(audio, audio_lens)
-        padding_mask = None
-        if audio_lens is not None and self.frontend.num_frames(min(lens)) < num_frames:
-            padding_mask = padding_mask_from_lens(self.frontend.num_frames(audio_lens), num_frames, features.device)
-        x = self.input_dropout(self.projection(self.feature_norm(features)))
-        if mask is not None:
-            x = torch.where(mask.unsqueeze(-1), self.mask_embedding.to(x.dtype), x)
-            x = self._mask_channels(x)
-        return Encoded(self.encoder(x, padding_mask, return_hidden, stop_after), padding_mask, features)
-
-    def draw_mask(self, audio: Tensor, audio_lens: Tensor | None = None) -> Tensor:
-        """(N, T) bool, True where frames are to be hidden, drawn on the audio's device from the clock's generator."""
-        frame_lens = torch.full((audio.shape[0],), self.frontend.num_frames(audio.shape[1]), device=audio.device)
-        if audio_lens is not None:
-            frame_lens = self.frontend.num_frames(audio_lens).to(audio.device, non_blocking=True)
-        masking = self.config.masking
-        return draw_span_mask(
-            frame_lens,
-            self.frontend.num_frames(audio.shape[1]),
-            masking.probability,
-            masking.length,
-            masking.min_spans,
-            self.clock.generator(audio.device),
-        )
 
     def check_batch(self, batch: PretrainBatch) -> None:
         """Refuse a batch that does not fit the model.
@@ -233,16 +156,6 @@ class HubertModel(nn.Module):
     def _ratio(self, label_set: int) -> float:
         """Labels per frame."""
         return self.label_rate[label_set] / self.frontend.frame_rate
-
-    def _mask_channels(self, x: Tensor) -> Tensor:
-        masking = self.config.masking
-        if masking.channel_probability == 0.0:
-            return x
-        n, _, channels = x.shape
-        lens = torch.full((n,), channels, device=x.device)
-        generator = self.clock.generator(x.device)
-        hidden = draw_span_mask(lens, channels, masking.channel_probability, masking.channel_length, 0, generator)
-        return x.masked_fill(hidden.unsqueeze(1), 0.0)
 
     def _loss(self, encoded: Encoded, labels: tuple[Tensor, ...], mask: Tensor, most_masked: int) -> LossOutput:
         weights = torch.where(mask, self.config.masked_weight, self.config.unmasked_weight)
@@ -274,11 +187,6 @@ class HubertModel(nn.Module):
         if weights.device.type == "cpu":
             return int((weights != 0).sum())
         return weights.numel() if self.config.unmasked_weight > 0 else weights.shape[0] * most_masked
-
-
-def build_encoder(config: EncoderConfig, clock: Clock) -> Zipformer | TransformerEncoder:
-    """The encoder that `config` describes."""
-    return Zipformer(config, clock) if isinstance(config, ZipformerConfig) else TransformerEncoder(config, clock)
 
 
 def mean_square(features: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -1,37 +1,81 @@
 """A trained model in one file: what to build, and its weights. Whoever reads it needs no architecture flag.
 
-The file is a `torch.save` of plain values and tensors: {"format": "k2ssl-model", "version": 1, "config": ..., "model": ...}. A training
-checkpoint holds the same "config" and "model" among its other keys, so it can be read as a model too, and may hold averaged weights under
-"average": {"step": optimizer step of the last update, "model": float64 weights}.
+The file is a `torch.save` of plain values and tensors: {"format": "k2ssl-model", "version": 1, "config": ..., "model": ...}. The key "kind" in
+"config" says which of our models it is: "asr", or "hubert", which may be left out. A training checkpoint holds the same "config" and "model"
+among its other keys, so it can be read as a model too, and may hold averaged weights under "average": {"step": optimizer step of the last
+update, "model": float64 weights}.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
 from k2ssl.atomic_file import save_atomically
+from k2ssl.models.asr import AsrConfig, AsrModel
 from k2ssl.models.hubert import HubertConfig, HubertModel
 from k2ssl.structure import from_dict, to_dict
 
 FORMAT = "k2ssl-model"
 VERSION = 1
 
+AnyModel = HubertModel | AsrModel
+AnyConfig = HubertConfig | AsrConfig
+Weights = Literal["raw", "average"]
+Model = TypeVar("Model", HubertModel, AsrModel)
+_CONFIGS: Mapping[str, type[HubertConfig] | type[AsrConfig]] = {"hubert": HubertConfig, "asr": AsrConfig}
 
-def save_model(path: str | Path, model: HubertModel) -> None:
+
+def config_to_dict(config: AnyConfig) -> dict[str, Any]:
+    """What a file holds under "config", for `config_from` to read back."""
+    return to_dict(config) if isinstance(config, HubertConfig) else {"kind": "asr", **to_dict(config)}
+
+
+def config_from(content: Mapping[str, Any], path: str | Path) -> AnyConfig:
+    """The configuration in what `read_content(path)` returned.
+
+    Raises:
+        ValueError: it is of no model of ours, or has keys or values that this release does not know.
+    """
+    table = content["config"]
+    try:
+        kind = table.get("kind", "hubert") if isinstance(table, Mapping) else "hubert"
+        if kind not in _CONFIGS:
+            raise ValueError(f"config.kind: is {kind!r}, allowed are {', '.join(map(repr, sorted(_CONFIGS)))}")
+        keys = {key: value for key, value in table.items() if key != "kind"} if isinstance(table, Mapping) else table
+        return from_dict(_CONFIGS[kind], keys, "config")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save_model(path: str | Path, model: AnyModel) -> None:
     """Write configuration and weights; the file appears under its name only when it is whole, and replaces an older one then.
 
     Raises:
         OSError: the folder does not exist or cannot be written to, or the disk is full.
     """
-    content = {"format": FORMAT, "version": VERSION, "config": to_dict(model.config), "model": model.state_dict()}
+    content = {"format": FORMAT, "version": VERSION, "config": config_to_dict(model.config), "model": model.state_dict()}
     save_atomically(path, content)
 
 
-def load_model(path: str | Path, map_location: torch.device | str = "cpu", weights: Literal["raw", "average"] = "raw") -> HubertModel:
+@overload
+def load_model(path: str | Path, map_location: torch.device | str = "cpu", weights: Weights = "raw") -> HubertModel: ...
+
+
+@overload
+def load_model(path: str | Path, map_location: torch.device | str = "cpu", weights: Weights = "raw", *, of: type[Model]) -> Model: ...
+
+
+@overload
+def load_model(path: str | Path, map_location: torch.device | str = "cpu", weights: Weights = "raw", *, of: None) -> AnyModel: ...
+
+
+def load_model(
+    path: str | Path, map_location: torch.device | str = "cpu", weights: Weights = "raw", *, of: type[Any] | None = HubertModel
+) -> AnyModel:
     """Build the model that `save_model` or a training checkpoint describes, with its weights, in training mode as every new module.
 
     Draws nothing from the global random state.
@@ -40,24 +84,41 @@ def load_model(path: str | Path, map_location: torch.device | str = "cpu", weigh
         path: model file or training checkpoint.
         map_location: where the model shall be.
         weights: "raw", as the last optimizer step left them, or "average", the running average that a training checkpoint holds.
+        of: the class that the model must have, or None if any of ours will do.
 
     Raises:
-        ValueError: the file cannot be read, is not one of ours, was written by a later version, has no averaged weights when these are
-            asked for, or its parts contradict each other.
+        ValueError: the file cannot be read, is not one of ours, was written by a later version, holds a model of another class, has no
+            averaged weights when these are asked for, or its parts contradict each other.
     """
-    return model_from(read_content(path), path, weights).to(map_location)
+    return model_from(read_content(path), path, weights, of=of).to(map_location)
 
 
-def model_from(content: Mapping[str, Any], path: str | Path, weights: Literal["raw", "average"] = "raw") -> HubertModel:
+@overload
+def model_from(content: Mapping[str, Any], path: str | Path, weights: Weights = "raw") -> HubertModel: ...
+
+
+@overload
+def model_from(content: Mapping[str, Any], path: str | Path, weights: Weights = "raw", *, of: type[Model]) -> Model: ...
+
+
+@overload
+def model_from(content: Mapping[str, Any], path: str | Path, weights: Weights = "raw", *, of: type[AnyModel] | None) -> AnyModel: ...
+
+
+def model_from(content: Mapping[str, Any], path: str | Path, weights: Weights = "raw", *, of: type[Any] | None = HubertModel) -> AnyModel:
     """The same from what `read_content(path)` returned, on the CPU.
 
     Raises:
         ValueError: as for `load_model`.
     """
-    key, state = _weights_in(content, path, weights)
+    key, state = weights_in(content, path, weights)
+    config = config_from(content, path)
+    found = HubertModel if isinstance(config, HubertConfig) else AsrModel
+    if of is not None and found is not of:
+        raise ValueError(f"{path}: its model is of class {found.__name__}, {of.__name__} is needed")
     with torch.random.fork_rng(devices=[]):  # the values drawn at construction are overwritten
         try:
-            model = HubertModel(from_dict(HubertConfig, content["config"], "config"))
+            model = HubertModel(config) if isinstance(config, HubertConfig) else AsrModel(config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     try:
@@ -88,8 +149,12 @@ def read_content(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def _weights_in(content: Mapping[str, Any], path: str | Path, weights: str) -> tuple[str, Any]:
-    """The key in `content` under which the weights lie, and the weights."""
+def weights_in(content: Mapping[str, Any], path: str | Path, weights: Weights) -> tuple[str, Any]:
+    """The key under which the weights lie in what `read_content(path)` returned, and the weights.
+
+    Raises:
+        ValueError: averaged weights are asked for, and there are none.
+    """
     if weights == "raw":
         return "model", content["model"]
     if weights != "average":

@@ -52,6 +52,7 @@ class MetricSums:
         - `loss`: per target; `num_targets` itself; `dropped_batches`: micro-batches left out because their loss was not finite.
         - for metrics `num_X`: `loss_X` and `correct_X` become the means `loss_X` and `accuracy_X`.
         - a histogram H of counts becomes `perplexity_H` (2 to the entropy of its shares) and `classes_H` (how many are not empty).
+        - a scalar `count_X`: itself.
         - any other scalar: per target.
 
         A mean over nothing is NaN. All ranks must call this together; they may have added different metrics, or none: first they tell
@@ -114,6 +115,8 @@ def derive(scalars: Mapping[str, float], histograms: Mapping[str, Tensor]) -> di
         if kind in ("loss", "correct") and f"num_{group}" in scalars:
             mean = f"accuracy_{group}" if kind == "correct" else name
             values[mean] = _ratio(value, scalars[f"num_{group}"])
+        elif kind == "count":
+            values[name] = value
         else:
             values[name] = _ratio(value, targets)
     for name, counts in histograms.items():

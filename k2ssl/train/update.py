@@ -57,7 +57,8 @@ class Update:
     draws what two processes draw.
 
     Args:
-        model: see `k2ssl.batch`; it has a `clock` and `check_batch`.
+        model: see `k2ssl.batch`; it has a `clock` and `check_batch`, and may have `frozen_parameters()`, which do not learn in this step.
+            Its attribute `step` is set to the number of optimizer steps done.
         optimizer: honours an attribute `found_inf`.
         dtype: of the forward pass.
         normalize_by: "targets" divides gradients by the number of targets of the update; "none" by the number of micro-batches only, as
@@ -92,8 +93,10 @@ class Update:
         Raises:
             ValueError: a batch that the model refuses.
         """
-        clock: Any = self.model.clock
+        model: Any = self.model
+        clock = model.clock
         clock.advance(moment.batch_count)
+        model.step = moment.step  # for what goes by updates, not by audio
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         num_targets = torch.zeros_like(loss)
@@ -107,6 +110,8 @@ class Update:
             clock.merge_flags(distributed.all_reduce_sum, self.device)
         loss, num_targets = distributed.all_reduce_sum(torch.stack([loss, num_targets])).unbind()
         average_replicated_gradients(self.parallel)
+        for param in getattr(model, "frozen_parameters", tuple)():
+            param.grad = None  # gradients of zero would count in the optimizer's statistics
         self._divide_gradients(num_targets, len(batches))
         self.grad_norm = gradient_norm(self.params)
         accepted = judge.judge(loss / num_targets.clamp(min=1), self.grad_norm)
