@@ -1,0 +1,154 @@
+"""Word and character error rates, with their uncertainty.
+
+Texts are compared as they are: case, punctuation and Unicode forms count, so that both sides must be normalised in the same way before.
+White space only separates words; between words it counts as one character.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import kaldialign
+import numpy as np
+
+Unit = Literal["word", "char"]
+
+_RESAMPLINGS = 1000
+_CELLS = 10_000_000  # of the table of draws that is held at a time
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """What turns a reference into a hypothesis with the fewest errors, in words or characters.
+
+    Attributes:
+        substitutions, insertions, deletions: numbers of errors. Their sum is unique; of several ways to divide it kaldialign's is taken.
+        reference: length of the reference.
+    """
+
+    substitutions: int = 0
+    insertions: int = 0
+    deletions: int = 0
+    reference: int = 0
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.insertions + self.deletions
+
+    def __add__(self, other: ErrorCounts) -> ErrorCounts:
+        return ErrorCounts(
+            self.substitutions + other.substitutions,
+            self.insertions + other.insertions,
+            self.deletions + other.deletions,
+            self.reference + other.reference,
+        )
+
+
+@dataclass(frozen=True)
+class WerReport:
+    """Error rate of a set of utterances; rates are shares, not percentages, and may exceed 1.
+
+    Attributes:
+        unit: "word" or "char".
+        counts: summed over utterances.
+        utterances: how many.
+        wrong_utterances: how many have an error.
+        low, high: 95 % interval of the rate.
+    """
+
+    unit: Unit
+    counts: ErrorCounts
+    utterances: int
+    wrong_utterances: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        """Errors per word or character of the references."""
+        return self.counts.errors / self.counts.reference
+
+    @property
+    def sentence_rate(self) -> float:
+        """Share of the utterances that have an error."""
+        return self.wrong_utterances / self.utterances
+
+    def text(self) -> str:
+        """The report in two lines."""
+        counts = self.counts
+        name = "WER" if self.unit == "word" else "CER"
+        return (
+            f"{name} {self.rate:.2%} (95 % interval {self.low:.2%} to {self.high:.2%}): {counts.errors:,} errors in {counts.reference:,} "
+            f"{self.unit}s; {counts.substitutions:,} substituted, {counts.deletions:,} deleted, {counts.insertions:,} inserted\n"
+            f"SER {self.sentence_rate:.2%}: {self.wrong_utterances:,} of {self.utterances:,} utterances have an error"
+        )
+
+
+def count_errors(reference: str, hypothesis: str, unit: Unit = "word") -> ErrorCounts:
+    """Errors of one utterance; either text may be empty.
+
+    Raises:
+        ValueError: `unit` is neither "word" nor "char".
+    """
+    reference_units, hypothesis_units = split(reference, unit), split(hypothesis, unit)
+    found = kaldialign.edit_distance(reference_units, hypothesis_units)
+    return ErrorCounts(int(found["sub"]), int(found["ins"]), int(found["del"]), len(reference_units))
+
+
+def split(text: str, unit: Unit) -> list[str]:
+    """The words of a text, or its characters with one space between words.
+
+    Raises:
+        ValueError: `unit` is neither "word" nor "char".
+    """
+    if unit not in ("word", "char"):
+        raise ValueError(f"unit is {unit!r}, allowed are 'word', 'char'")
+    words = text.split()
+    return words if unit == "word" else list(" ".join(words))
+
+
+def error_report(pairs: Iterable[tuple[str, str]], unit: Unit = "word", seed: int = 0) -> WerReport:
+    """Error rate over utterances.
+
+    Args:
+        pairs: reference and hypothesis of each utterance.
+        unit: what is counted.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no utterances, or all references are empty, for which there is no rate.
+    """
+    counts = [count_errors(reference, hypothesis, unit) for reference, hypothesis in pairs]
+    total = sum(counts, ErrorCounts())
+    if not total.reference:
+        raise ValueError(f"error_report: {len(counts)} utterances with 0 {unit}s in their references, at least 1 is needed")
+    low, high = bootstrap_interval([c.errors for c in counts], [c.reference for c in counts], seed)
+    return WerReport(unit, total, len(counts), sum(c.errors > 0 for c in counts), low, high)
+
+
+def bootstrap_interval(errors: Sequence[int], lengths: Sequence[int], seed: int = 0, share: float = 0.95) -> tuple[float, float]:
+    """Interval that holds the error rate with probability `share`, by drawing the utterances anew 1000 times.
+
+    Utterances are drawn, not words, because errors within an utterance depend on each other. Source: Bisani and Ney 2004, "Bootstrap
+    estimates for confidence intervals in ASR performance evaluation". Of a few utterances it is too narrow, of one it is a point.
+
+    Args:
+        errors: of each utterance.
+        lengths: of each utterance's reference; not all 0.
+        seed: of the draws; the same seed gives the same interval.
+        share: between 0 and 1.
+    """
+    draw = np.random.default_rng(seed)
+    number = len(errors)
+    table = np.array([errors, lengths], dtype=np.float64)  # (2, utterances)
+    rates: list[float] = []
+    while len(rates) < _RESAMPLINGS:
+        rows = min(_RESAMPLINGS - len(rates), max(1, _CELLS // number))
+        times_drawn = draw.multinomial(number, np.full(number, 1 / number), size=rows)  # (rows, utterances)
+        drawn = times_drawn @ table.T  # (rows, 2)
+        drawn = drawn[drawn[:, 1] > 0]
+        rates += (drawn[:, 0] / drawn[:, 1]).tolist()
+    low, high = np.quantile(rates, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
