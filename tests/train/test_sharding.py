@@ -106,6 +106,9 @@ class _Training:
         del used
         self.peak = PeakMemory("cpu").bytes
 
+    def update_average(self, now: bool = False) -> None:
+        """There is none."""
+
     def state_dict(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "clock": self.model.clock.state_dict()}
 
