@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from k2ssl import distributed
 from k2ssl.bin.cluster_cuts import CutLists, check_files
+from k2ssl.bin.training_data import check_reading, corpora_of, most_to_check, reading_options
 from k2ssl.train.plan import BatchPlan
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
@@ -22,8 +21,6 @@ if TYPE_CHECKING:  # slow to import, and not needed to show --help
     from k2ssl.data.labels import LabelStore
     from k2ssl.data.loader import BatchLoader
     from k2ssl.models.hubert import HubertModel
-
-_log = logging.getLogger(__name__)
 
 _QUICK = 1000  # cuts of each manifest that a resumed run checks again
 
@@ -64,8 +61,7 @@ class PretrainData:
     max_check: int = 300000
 
     def __post_init__(self) -> None:
-        if not self.cuts:
-            raise ValueError("PretrainData: cuts is empty, at least one manifest is needed")
+        check_reading(self)
         for manifests, folders in (("cuts", "labels"), ("valid_cuts", "valid_labels")):
             num_manifests, num_folders = len(getattr(self, manifests)), len(getattr(self, folders))
             if (num_folders == 0) != (num_manifests == 0) or (num_manifests and num_folders % num_manifests):
@@ -73,17 +69,6 @@ class PretrainData:
                     f"PretrainData: {folders} has {num_folders} entries for {num_manifests} {manifests}; one folder of labels for every "
                     "manifest (and label set) is needed"
                 )
-        if self.weights and len(self.weights) != len(self.cuts):
-            raise ValueError(f"PretrainData: weights has {len(self.weights)} entries for {len(self.cuts)} cuts; one each, or none at all")
-        if not 0 <= self.min_seconds <= self.max_seconds:
-            raise ValueError(
-                f"PretrainData: min_seconds is {self.min_seconds} and max_seconds {self.max_seconds}, allowed is 0 <= min_seconds <= max_seconds"
-            )
-        for name, least in (("num_buckets", 1), ("buffer_size", 1), ("num_workers", 0), ("max_check", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"PretrainData: {name} is {getattr(self, name)}, a whole number >= {least} is needed")
-        if self.num_workers > 256:
-            raise ValueError(f"PretrainData: num_workers is {self.num_workers}, at most 256 processes per rank are allowed")
 
 
 class OpenedData:
@@ -128,27 +113,21 @@ class OpenedData:
             ValueError: labels that do not fit; names both sides of each mismatch.
         """
         lines: list[str] = []
-        most = self.config.max_check
-        if quick:
-            most = min(most, _QUICK) if most else _QUICK
+        most = most_to_check(self.config, _QUICK if quick else 0)
         for cuts, unions in ((self.train_cuts, self.train_labels), (self.valid_cuts, self.valid_labels)):
             if cuts and len(unions) != len(model.heads):
                 raise ValueError(f"data: {len(unions)} label sets are given, the model has {len(model.heads)} heads (head.num_classes)")
             for label_set, union in enumerate(unions):
                 for manifest, store in zip(cuts, union.stores, strict=True):
-                    checked = union.without_conflicts(islice(manifest, most or None))
+                    checked = union.without_conflicts(islice(manifest, most))
                     lines += _check_store(model, label_set, checked, store)
         return lines
 
     def train_loader(self, plan: BatchPlan, sample_rate: int, seed: int, device: torch.device) -> BatchLoader[PretrainBatch]:
         """Random crops, other ones in every epoch."""
-        from k2ssl.data.loader import Corpora
-
-        config = self.config
-        # without weights every cut comes once: sets that are used up drop out
-        weights = config.weights or tuple(1.0 for _ in config.cuts)
-        corpora = Corpora(tuple(self.train_cuts), weights, repeat=bool(config.weights))
-        return self._loader(corpora, self.train_labels, plan, sample_rate, seed, device, shuffle=True)
+        return self._loader(
+            corpora_of(self.train_cuts, self.config.weights), self.train_labels, plan, sample_rate, seed, device, shuffle=True
+        )
 
     def valid_loader(
         self, plan: BatchPlan, sample_rate: int, device: torch.device, drop_incomplete: bool
@@ -156,13 +135,12 @@ class OpenedData:
         """The same crops every time, of every utterance unless `drop_incomplete` keeps the ranks in step; None without validation data."""
         if not self.valid_cuts:
             return None
-        from k2ssl.data.loader import Corpora
-
-        corpora = Corpora(tuple(self.valid_cuts), tuple(1.0 for _ in self.valid_cuts), repeat=False)
-        return self._loader(corpora, self.valid_labels, plan, sample_rate, 0, device, shuffle=False, drop_incomplete=drop_incomplete)
+        return self._loader(
+            corpora_of(self.valid_cuts), self.valid_labels, plan, sample_rate, 0, device, shuffle=False, drop_incomplete=drop_incomplete
+        )
 
     def _loader(
-        self, corpora: Any, labels: list[LabelUnion], plan: BatchPlan, sample_rate: int, seed: int, device: torch.device, **options: bool
+        self, corpora: Any, labels: list[LabelUnion], plan: BatchPlan, sample_rate: int, seed: int, device: torch.device, **options: Any
     ) -> BatchLoader[PretrainBatch]:
         from k2ssl.data.loader import pretrain_loader
 
@@ -170,20 +148,9 @@ class OpenedData:
         return pretrain_loader(
             corpora,
             labels,
-            max_duration=plan.micro_batch_seconds,
-            quadratic_duration=config.quadratic_duration,
-            num_buckets=config.num_buckets,
-            buffer_size=config.buffer_size,
             min_seconds=config.min_seconds,
             max_seconds=config.max_seconds,
-            sample_rate=sample_rate,
-            normalize=config.normalize,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            seed=seed,
-            num_workers=config.num_workers,
-            pin_memory=device.type == "cuda",
-            on_error=_say_unreadable,
+            **reading_options(config, plan, sample_rate, seed, device),
             **options,
         )
 
@@ -212,7 +179,3 @@ def _open(manifests: tuple[str, ...], folders: tuple[str, ...]) -> tuple[list[It
     stores = [LabelStore.open(folder) for folder in folders]
     step = max(len(manifests), 1)
     return cuts, [LabelUnion(stores[start : start + step]) for start in range(0, len(stores), step)]
-
-
-def _say_unreadable(cut_id: str, reason: str) -> None:
-    _log.warning("cut %s is left out: %s", cut_id, reason)

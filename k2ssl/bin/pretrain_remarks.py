@@ -1,4 +1,4 @@
-"""Settings of a pre-training job that have no effect: allowed, and yet not what was meant."""
+"""Settings of a training job that have no effect: allowed, and yet not what was meant."""
 
 from __future__ import annotations
 
@@ -6,15 +6,49 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from k2ssl.models.ctc_head import CtcConfig
 from k2ssl.models.frontend import WaveformConfig
+from k2ssl.models.transducer_head import TransducerConfig
 from k2ssl.models.transformer import TransformerConfig
 
 if TYPE_CHECKING:
+    from k2ssl.bin.finetune import Finetune
     from k2ssl.bin.pretrain import Pretrain
 
 
 def settings_without_effect(job: Pretrain) -> Iterator[str]:
-    """One line for each, naming the setting and why it does nothing."""
+    """Of a pre-training job: one line for each, naming the setting and why it does nothing."""
+    model, data = job.model, job.data
+    yield from without_effect_anywhere(job)
+    if model.head.similarity == "linear":
+        yield from _none(_changed(model.head, "model.head", "code_dim"), "with model.head.similarity linear")
+    normalizes = isinstance(model.frontend, WaveformConfig) and model.frontend.normalizes_audio
+    if data.normalize and not normalizes:
+        yield "data.normalize: the trained model does not normalise audio by itself, so whoever uses it has to (see model.frontend.normalize_audio)"
+
+
+def asr_settings_without_effect(job: Finetune) -> Iterator[str]:
+    """The same of a fine-tuning job."""
+    model = job.model
+    yield from without_effect_anywhere(job)
+    if model.heads == "ctc":
+        yield from _none(_changed(model, "model", "simple_scale", "warmup_steps"), "with model.heads ctc")
+        if model.transducer != TransducerConfig():
+            yield "model.transducer: no effect with model.heads ctc"
+    if model.heads == "transducer" and model.ctc != CtcConfig():
+        yield "model.ctc: no effect with model.heads transducer"
+    if model.heads != "both":
+        yield from _none(_changed(model, "model", "ctc_scale"), f"with model.heads {model.heads}")
+    if not model.masking.probability:
+        yield from _none(_changed(model.masking, "model.masking", "length", "min_spans"), "with model.masking.probability 0")
+    if model.freeze_frontend_steps and model.freeze_frontend_steps <= model.freeze_encoder_steps:
+        yield "model.freeze_frontend_steps: no effect below model.freeze_encoder_steps, which freezes the frontend too"
+    if not job.init:
+        yield from _none(_changed(job, "", "init_weights"), "without init")
+
+
+def without_effect_anywhere(job: Pretrain | Finetune) -> Iterator[str]:
+    """What both kinds of jobs have in common."""
     trainer, model, data = job.trainer, job.model, job.data
     if not data.valid_cuts:
         named = [*_changed(trainer, "trainer", "valid_every", "valid_average"), *_changed(trainer.keep, "trainer.keep", "keep_best")]
@@ -34,19 +68,14 @@ def settings_without_effect(job: Pretrain) -> Iterator[str]:
         yield from _none(_changed(trainer.guard, "trainer.guard", "lr_factor"), "with trainer.guard.max_rollbacks 0")
     if not job.preflight.run and not job.tune:
         yield from _none(_changed(job.preflight, "preflight", "batches", "memory_limit_gib"), "with preflight.run False")
-    if model.head.similarity == "linear":
-        yield from _none(_changed(model.head, "model.head", "code_dim"), "with model.head.similarity linear")
     if not model.masking.channel_probability:
         yield from _none(_changed(model.masking, "model.masking", "channel_length"), "with model.masking.channel_probability 0")
-    normalizes = isinstance(model.frontend, WaveformConfig) and model.frontend.normalizes_audio
-    if data.normalize and not normalizes:
-        yield "data.normalize: the trained model does not normalise audio by itself, so whoever uses it has to (see model.frontend.normalize_audio)"
 
 
 def _changed(config: Any, path: str, *names: str) -> list[str]:
     """Which of these settings are not at the default of their class."""
     defaults = {field.name: field.default for field in fields(config)}
-    return [f"{path}.{name}" for name in names if getattr(config, name) != defaults[name]]
+    return [f"{path}.{name}".lstrip(".") for name in names if getattr(config, name) != defaults[name]]
 
 
 def _none(named: list[str], why: str) -> Iterator[str]:

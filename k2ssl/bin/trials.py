@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from k2ssl import distributed
-from k2ssl.bin.pretrain_data import OpenedData
 from k2ssl.config import ConfigError, dump
 from k2ssl.train.memory import available_bytes, gibibytes
 from k2ssl.train.preflight import PreflightReport, preflight
@@ -21,7 +20,7 @@ from k2ssl.train.trainer import Trainer
 from k2ssl.train.tuner import tune
 
 if TYPE_CHECKING:
-    from k2ssl.bin.pretrain import Pretrain
+    from k2ssl.bin.training_run import Run
     from k2ssl.data.loader import BatchLoader
 
 _WARM_UP = 5  # steps that are not timed: the first ones allocate memory and choose kernels
@@ -104,22 +103,24 @@ def estimate(trainer: Trainer, loader: BatchLoader[Any], expected_steps: int) ->
     return lines
 
 
-def tune_micro_batch(job: Pretrain, data: OpenedData, device: torch.device) -> list[str]:
+def tune_micro_batch(job: Any, make_run: Callable[[Any], Run], device: torch.device) -> list[str]:
     """The largest `trainer.batch.seconds_per_micro_batch` that fits, and the settings with it.
+
+    Args:
+        job: settings of a training program.
+        make_run: a run, of a model of its own, from such settings.
+        device: what has to suffice.
 
     Raises:
         ConfigError: several processes.
         ValueError: not even the smallest micro-batch fits.
     """
-    from k2ssl.bin.pretrain import Run, build_model
-
     if distributed.world_size() > 1:
         raise ConfigError("tune is True, which takes one process on one device: start it without torchrun")
 
     def measure(seconds: float) -> int:
         batch = replace(job.trainer.batch, seconds_per_update=seconds, seconds_per_micro_batch=seconds)
-        trial_job = replace(job, trainer=replace(job.trainer, batch=batch))
-        trial = Run(trial_job, data, build_model(trial_job, device), device, folder=None)
+        trial = make_run(replace(job, trainer=replace(job.trainer, batch=batch)))
         return measure_worst(trial.trainer, trial.train_loader, job.preflight.batches, None).peak_bytes
 
     batch = job.trainer.batch

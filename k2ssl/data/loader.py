@@ -18,6 +18,8 @@ from k2ssl.data.pretrain_dataset import LabelSource, PretrainDataset
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from k2ssl.data.tokenizer import Tokenizer, Unknown
+
 __all__ = ["BatchLoader", "Corpora", "LoaderOptions", "OnError", "asr_loader", "audio_loader", "pretrain_loader"]
 
 
@@ -98,6 +100,8 @@ def asr_loader(
     max_seconds: float | None = None,
     sample_rate: int = 16000,
     normalize: bool = False,
+    tokenizer: Tokenizer | None = None,
+    unknown: Unknown = "refuse",
     **options: Unpack[LoaderOptions],
 ) -> BatchLoader[AsrBatch]:
     """Whole utterances with transcripts, zero-padded. Utterances with an empty transcript are left out and counted.
@@ -109,12 +113,12 @@ def asr_loader(
         drop_incomplete: True for training: every rank gets the same number of batches. False for decoding: every utterance exactly once.
         min_seconds, max_seconds: utterances outside are left out and counted; None: none is too long.
         sample_rate: of the batches, Hz; other audio is resampled.
-        normalize: see `AsrDataset`.
+        normalize, tokenizer, unknown: see `AsrDataset`. Iterating raises a `ValueError` for a transcript that is refused.
         options: see `LoaderOptions`.
     """
     intake = Intake(sample_rate, min_seconds, max_seconds, need_text=True)
     sampling = SamplingConfig(max_duration, quadratic_duration, num_buckets, buffer_size, shuffle=shuffle, drop_incomplete=drop_incomplete)
-    return BatchLoader(_corpora(cuts), intake, AsrDataset(normalize), sampling, **options)
+    return BatchLoader(_corpora(cuts), intake, AsrDataset(normalize, tokenizer, unknown), sampling, **options)
 
 
 def _corpora(cuts: Iterable[Cut] | Corpora) -> Corpora:

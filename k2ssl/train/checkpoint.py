@@ -40,7 +40,7 @@ class KeepConfig:
         save_every: optimizer steps from one checkpoint to the next.
         keep_last: how many of the newest checkpoints are kept.
         keep_every: checkpoints at multiples of so many optimizer steps are kept for good; 0 keeps none for good.
-        keep_best: how many of those with the lowest validation loss are kept; 0 keeps none for that.
+        keep_best: how many of those that validation found best (by their loss, or word error rate in fine-tuning) are kept; 0: none.
     """
 
     save_every: int = 1000

@@ -35,6 +35,16 @@ class Loader(Protocol):
     def start_at(self, epoch: int, batches: int) -> None: ...
 
 
+class Evaluation(Protocol):
+    """Numbers of one validation beside its losses; see `Trainer`."""
+
+    def add(self, batch: Any) -> None:
+        """Take in a batch, on the device; the model has the weights that are validated and is in evaluation mode. No gradients."""
+
+    def result(self) -> dict[str, float]:
+        """The numbers over all ranks, by name; all ranks call this together, also those that had no batch."""
+
+
 @dataclass(frozen=True)
 class Made:
     """An update that was made: its number, its adjusted batch count, and this rank's micro-batches."""

@@ -35,7 +35,7 @@ _BEFORE_TIME_LEFT = {
     "hours_per_second": "{:.3g} h/s",
 }
 # Validation has no remaining time, and says only how good the model is.
-_OF_VALIDATION = {name: _BEFORE_TIME_LEFT[name] for name in ("loss", "accuracy_masked")}
+_OF_VALIDATION = {**{name: _BEFORE_TIME_LEFT[name] for name in ("loss", "accuracy_masked")}, "wer": "word error rate {:.2%}"}
 _AFTER_TIME_LEFT = {"data_wait": "{:.0%} waiting for data", "memory_gib": "{:.2f} GiB"}
 
 

@@ -70,6 +70,7 @@ def checkpoint_content(trainer: Trainer) -> dict[str, Any]:
     for name in ("model", "optimizer") if sharded else ():
         state[name] = full_state(state[name])
     return {
+        **trainer.extra,
         **state,
         "config": trainer.model_config,
         "job": trainer.job,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from k2ssl import distributed
 from k2ssl.optim.schedules import LearningRateSchedule
 from k2ssl.train.averaging import RunningAverage
 from k2ssl.train.checkpoint import CheckpointFolder, KeepConfig, load_checkpoint
-from k2ssl.train.contract import Batch, Loader, Made
+from k2ssl.train.contract import Batch, Evaluation, Loader, Made
 from k2ssl.train.guard import Guard, GuardConfig, Verdict
 from k2ssl.train.ledger import Ledger, Status
 from k2ssl.train.logger import TrainingLog
@@ -102,6 +102,9 @@ class Trainer:
         folder: for checkpoints, logs and the ledger; None writes nothing, for tests and trials.
         model_config: what the model is built from, plain values; travels in the checkpoints.
         job: settings of the whole job, plain values; travel too.
+        extra: what else travels in the checkpoints, plain values and tensors by names of their own.
+        evaluation: made anew for every validation, which it gives further numbers.
+        score_by: which number of a validation decides which checkpoints are the best; lower is better.
         sample_rate: of the audio, Hz; turns samples into hours.
         seed: of everything drawn during training.
         program: name in the ledger.
@@ -124,6 +127,9 @@ class Trainer:
         model_config: Mapping[str, Any],
         parallel: nn.Module | None = None,
         job: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        evaluation: Callable[[], Evaluation] | None = None,
+        score_by: str = "loss",
         sample_rate: int = 16000,
         seed: int = 0,
         program: str = "train",
@@ -132,7 +138,8 @@ class Trainer:
     ) -> None:
         self.model, self.optimizer, self.schedule, self.config = model, optimizer, schedule, config
         self.device, self.folder, self.seed, self.quiet = device, folder, seed, quiet
-        self.model_config, self.job = dict(model_config), dict(job or {})
+        self.model_config, self.job, self.extra = dict(model_config), dict(job or {}), dict(extra or {})
+        self.evaluation, self.score_by = evaluation, score_by
         self.sample_rate, self.expected_steps = sample_rate, expected_steps
         self.plan = BatchPlan.of(config.batch, distributed.world_size())
         dtype = choose_precision(config.precision, device)
@@ -202,7 +209,7 @@ class Trainer:
         return validate(self, loader)
 
     def save(self, score: float | None = None) -> None:
-        """Write a checkpoint; called by all ranks. `score` is the validation loss at this step."""
+        """Write a checkpoint; called by all ranks. `score` is that of the validation at this step."""
         self.count_audio()
         if self.folder is None:
             return
@@ -346,7 +353,7 @@ class Trainer:
         if self.log is not None:
             self.log.valid(self.progress.step, values)
         self._meter.started += time.monotonic() - started  # this was no training
-        return values["loss"]
+        return values[self.score_by]
 
     def count_audio(self) -> None:
         """Add the audio of all ranks since the last call to the sums."""

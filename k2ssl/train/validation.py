@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
-    """Means over all batches of all ranks. Training is not disturbed: its clock is put back.
+    """Means over all batches of all ranks, and what the trainer's evaluation adds. Training is not disturbed: its clock is put back.
 
     Raises:
         ValueError: there is no batch.
@@ -29,6 +29,7 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
     net = trainer.update.parallel if is_sharded(trainer.update.parallel) else model
     before: Any = clock.state_dict()  # type: ignore[union-attr]
     metrics = MetricSums(trainer.device)
+    evaluation = trainer.evaluation() if trainer.evaluation is not None else None
     count = 0
     model.eval()
     try:
@@ -37,15 +38,19 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
                 # two parts, where training has three: none of its draws is repeated
                 clock.seed(trainer.seed, number * distributed.world_size() + distributed.rank())  # type: ignore[operator, union-attr]
                 model.check_batch(batch)  # type: ignore[operator]
+                moved = batch.to(trainer.device)
                 with autocast(trainer.update.dtype, trainer.device):
-                    metrics.add(net(batch.to(trainer.device)))
+                    metrics.add(net(moved))
+                    if evaluation is not None:
+                        evaluation.add(moved)
                 count += 1
     finally:
         model.train()
         clock.load_state_dict(before)  # type: ignore[union-attr]
     if not distributed.all_reduce_sum(torch.tensor(count)):
         raise ValueError("validation: the loader gave no batch on any rank")
-    return metrics.reduce()
+    values = metrics.reduce()
+    return values if evaluation is None else {**values, **evaluation.result()}
 
 
 @contextmanager

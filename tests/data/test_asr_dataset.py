@@ -22,6 +22,7 @@ from k2ssl.data.audio import read_utterance
 from k2ssl.data.audio_dataset import Request
 from k2ssl.data.intake import Intake, transcript
 from k2ssl.data.loader import asr_loader
+from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig
 
 RATE = 16000
 
@@ -137,3 +138,39 @@ def test_a_state_of_a_loader_that_left_out_other_cuts_is_refused(recording: Reco
         other.intake = intake
         with pytest.raises(ValueError, match=f"loader state: {name} when it was saved and is"):
             other.load_state_dict(ours.state_dict())
+
+
+LETTERS = LetterTokenizer("ABEHLO", NormalizationConfig())
+
+
+def test_a_tokenizer_gives_every_utterance_its_tokens(recording: Recording) -> None:
+    cuts = [utterance(recording, "a", 1.0, "HELLO"), utterance(recording, "b", 2.5, "A  B")]
+    batch = batch_of(cuts, tokenizer=LETTERS)
+    assert batch.tokens is not None and batch.token_lens is not None and batch.tokens.dtype == batch.token_lens.dtype == torch.int64
+    assert batch.token_lens.tolist() == [5, 3]
+    assert [LETTERS.decode(row[:length].tolist()) for row, length in zip(batch.tokens, batch.token_lens, strict=True)] == ["HELLO", "A B"]
+    assert batch_of(cuts).tokens is None and batch_of(cuts).token_lens is None
+
+
+def test_unknown_symbols_are_refused_by_the_utterances_name_or_marked(recording: Recording) -> None:
+    cuts = [utterance(recording, "a", 1.0, "HELLO"), utterance(recording, "b", 2.5, "AXB")]
+    with pytest.raises(ValueError, match=r"utterance 'b': .*'X'"):
+        batch_of(cuts, tokenizer=LETTERS)
+    batch = batch_of(cuts, tokenizer=LETTERS, unknown="mark")
+    assert batch.tokens is not None and batch.tokens[1, :3].tolist() == [*LETTERS.encode("A"), LETTERS.unk, *LETTERS.encode("B")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_makes_tokens_and_an_interrupted_one_goes_on_with_the_same_tokenizer_only(recording: Recording, workers: int) -> None:
+    def loader(**options: Any) -> Any:
+        return asr_loader(corpus(recording), max_duration=9.0, num_buckets=2, num_workers=workers, **options)
+
+    ours = loader(tokenizer=LETTERS)
+    batch = next(iter(ours))
+    assert [LETTERS.decode(row[:n].tolist()) for row, n in zip(batch.tokens, batch.token_lens, strict=True)] == list(batch.texts)
+    state = ours.state_dict()
+    loader(tokenizer=LETTERS).load_state_dict(state)
+    others = [{}, {"tokenizer": LetterTokenizer("ABEHOL", NormalizationConfig())}, {"tokenizer": LETTERS, "unknown": "mark"}]
+    for options in others:
+        with pytest.raises(ValueError, match="loader state: "):
+            loader(**options).load_state_dict(state)

@@ -1,0 +1,125 @@
+"""Fine-tune an encoder for speech recognition, with CTC, the pruned transducer, or both; or train one from scratch.
+
+    python -m k2ssl.bin.finetune conf/ctc_letters.toml --data.cuts cuts_train.jsonl.gz --tokenizer tokenizer.pt \\
+        --init exp/base/checkpoints/step-000400000.pt --init-weights average --output exp/ctc
+    torchrun --nproc-per-node 8 -m k2ssl.bin.finetune conf/ctc_letters.toml ...
+
+The defaults are the published flags of Zipformer Base. Without --init the encoder begins with drawn weights. With --data.valid-cuts validation
+tells the word error rate of each head by greedy search, and the best checkpoints are those with the lowest one (the transducer's, if there are
+two). The same command goes on where it was interrupted, exactly; OUTPUT is as for k2ssl.bin.pretrain, and every checkpoint holds the tokenizer.
+Exit status: 0 done; 1 the run failed or diverged; 2 refused before training; 130 interrupted, with a checkpoint written. See docs/finetuning.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from k2ssl.bin.finetune_data import FinetuneData, OpenedTranscripts
+from k2ssl.bin.pretrain_remarks import asr_settings_without_effect
+from k2ssl.bin.program import run_program
+from k2ssl.bin.run_folder import Start
+from k2ssl.bin.training_run import Run as TrainingRun
+from k2ssl.bin.training_run import TrainingJob, prepare_model, run_training
+from k2ssl.bin.word_errors import WordErrors
+from k2ssl.models.asr import AsrConfig, AsrModel
+from k2ssl.models.initialise import load_encoder
+from k2ssl.models.load import Weights, config_to_dict
+
+_PUBLISHED_VOCABULARY = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(TrainingJob):
+    """Settings of the program.
+
+    Attributes:
+        output: folder of the run.
+        data: manifests with transcripts.
+        tokenizer: file of `k2ssl.bin.train_tokenizer`.
+        init: checkpoint or model file whose encoder is taken; none: weights are drawn.
+        init_weights: raw, as the last optimizer step of that checkpoint left them (as published), or average.
+        model: what is trained; model.vocab_size is that of the tokenizer.
+        optim: the optimizer; its lr_scales give parts of the model rates of their own.
+        schedule: of the learning rate.
+        trainer: length, batches, checkpoints.
+        preflight: what is tried before training.
+        seed: of the weights that are drawn, the order of the data and everything drawn during training.
+        device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
+        activation_checkpointing: compute the layers again in the backward pass: less memory, a third more time.
+        resume: auto: go on with the run in OUTPUT if there is one; never: refuse such a folder; or the checkpoint to go on from where OUTPUT
+            has none yet, of a fine-tuning run with this tokenizer.
+        accept_changes: go on with settings that have changed. Of those of the optimizer only the rates are taken over.
+        estimate: only time some steps and tell how long the run will take.
+        tune: only find the largest micro-batch that fits, and print the settings with it; for a single process.
+        diagnose: only run a few steps, observed: inf-check, statistics or profile, as for k2ssl.bin.pretrain.
+        quiet: plain lines instead of a progress bar.
+    """
+
+    tokenizer: str
+    data: FinetuneData
+    model: AsrConfig = field(default_factory=lambda: AsrConfig(vocab_size=_PUBLISHED_VOCABULARY))
+    init: str = ""
+    init_weights: Weights = "raw"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trainer.sharding != "none":
+            raise ValueError(f"Finetune: trainer.sharding is {self.trainer.sharding!r}, allowed is 'none': searches need the whole model")
+
+
+def finetune(job: Finetune) -> None:
+    """Do the job on this rank; errors as `run_training`."""
+    run_training(job, lambda: OpenedTranscripts(job.data, job.tokenizer), asr_settings_without_effect(job), build_model, Run)
+
+
+class Run(TrainingRun):
+    """Of fine-tuning; see `TrainingRun`."""
+
+    program = "finetune"
+
+    @classmethod
+    def check_start(cls, start: Start) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint's tokens are others, so that its heads mean something else.
+        """
+        for text in start.changes:
+            if text.startswith("lineage.tokenizer_sha256 "):
+                raise ValueError(f"{start.checkpoint}: of a run with another tokenizer: {text}; only its encoder can be used, by --init")
+
+    @classmethod
+    def initialise(cls, job: Finetune, model: AsrModel) -> list[str]:
+        """The encoder of `job.init`, if there is one."""
+        if not job.init:
+            return ["encoder: from scratch"]
+        unused = load_encoder(model, job.init, job.init_weights)
+        return [f"encoder: {job.init_weights} weights of {job.init}; not taken: {', '.join(unused) or 'nothing'}"]
+
+    def model_config(self) -> dict[str, Any]:
+        return config_to_dict(self.job.model)
+
+    def more(self) -> dict[str, Any]:
+        tokenizer = self.data.tokenizer
+        return {
+            "extra": {"tokenizer": tokenizer.to_dict()},
+            "evaluation": lambda: WordErrors(self.model, tokenizer),
+            "score_by": "wer",
+        }
+
+
+def build_model(job: Finetune, device: torch.device) -> AsrModel:
+    """The model with weights drawn from the seed, the same on every rank and on every device."""
+    return prepare_model(job, lambda: AsrModel(job.model), device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run_program(finetune, Finetune, sys.argv[1:] if argv is None else argv, "finetune", __doc__ or "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

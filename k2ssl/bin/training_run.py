@@ -1,0 +1,317 @@
+"""What the training programs share: from a job and its opened data to a run that is tried, trained, and gone on with."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from k2ssl import distributed
+from k2ssl.bin.cluster_features import choose_device
+from k2ssl.bin.diagnose import Diagnosis, diagnose
+from k2ssl.bin.run_folder import Start, alone_in, check_disk, find_start, record_settings, refusing, say
+from k2ssl.bin.trials import PreflightConfig, estimate, run_preflight, tune_micro_batch
+from k2ssl.config import ConfigError
+from k2ssl.models.frontend import WaveformFrontend
+from k2ssl.models.transformer import TransformerLayer
+from k2ssl.models.zipformer_layer import ZipformerLayer
+from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, build_schedule
+from k2ssl.structure import to_dict
+from k2ssl.train.ledger import total
+from k2ssl.train.plan import BatchPlan
+from k2ssl.train.trainer import Trainer, TrainerConfig
+from k2ssl.train.update import parallelise
+
+if TYPE_CHECKING:
+    from k2ssl.data.loader import BatchLoader
+    from k2ssl.models.asr import AsrModel
+    from k2ssl.models.hubert import HubertModel
+
+_log = logging.getLogger(__name__)
+
+# What may be changed between two starts of one run: how long, how often, how fast, but not what.
+MAY_CHANGE = (
+    "output",
+    "device",
+    "quiet",
+    "resume",
+    "accept_changes",
+    "estimate",
+    "tune",
+    "diagnose",
+    "preflight",
+    "activation_checkpointing",
+    "tokenizer",  # its hash counts, not where it lies
+    "data.num_workers",
+    "data.max_check",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.batch.seconds_per_micro_batch",
+    "trainer.sharding",
+    "trainer.valid_every",
+    "trainer.log_every",
+    "trainer.keep",
+    "trainer.guard",
+    "trainer.tensorboard",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """Settings that the training programs share. Each program has `data` and `model` of its own besides, and documents all, for --help."""
+
+    output: str
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    seed: int = 42
+    device: str = "auto"
+    activation_checkpointing: bool = False
+    resume: str = "auto"
+    accept_changes: bool = False
+    estimate: bool = False
+    tune: bool = False
+    diagnose: Diagnosis = "no"
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        modes = [mode for mode, on in (("estimate", self.estimate), ("tune", self.tune), ("diagnose", self.diagnose != "no")) if on]
+        if len(modes) > 1:
+            raise ValueError(f"{name}: {' and '.join(modes)} are asked for at once, allowed is one of them")
+        if self.seed < 0:
+            raise ValueError(f"{name}: seed is {self.seed}, a whole number >= 0 is needed")
+
+
+class Data(Protocol):
+    """What is asked of opened data."""
+
+    @property
+    def lineage(self) -> Mapping[str, Any]: ...
+
+    def seconds(self) -> float | None: ...
+
+    def check(self, model: Any, quick: bool = False) -> list[str]: ...
+
+    def train_loader(self, plan: BatchPlan, sample_rate: int, seed: int, device: torch.device) -> BatchLoader[Any]: ...
+
+    def valid_loader(self, plan: BatchPlan, sample_rate: int, device: torch.device, drop_incomplete: bool) -> BatchLoader[Any] | None: ...
+
+
+Model = TypeVar("Model", "HubertModel", "AsrModel")
+
+
+def run_training(
+    job: Any, open_data: Callable[[], Any], remarks: Iterable[str], build: Callable[[Any, torch.device], Any], kind: type[Run]
+) -> None:
+    """Do a job on this rank.
+
+    Args:
+        job: settings.
+        open_data: opens its data.
+        remarks: settings without effect.
+        build: makes the model of a job.
+        kind: the program's own run.
+
+    Raises:
+        ConfigError: refused before training; no file of an earlier run has been changed then.
+        ValueError: the run failed.
+        KeyboardInterrupt: a signal ended it; a checkpoint has been written.
+    """
+    with distributed.set_up(choose_device(job.device)) as device:
+        output = Path(job.output)
+        is_trial = job.estimate or job.tune or job.diagnose != "no"
+        start = Start()
+        with refusing():
+            data = open_data()
+            if distributed.is_main() and not is_trial:
+                start = find_start(output, job.resume, settings_of(job, data), MAY_CHANGE, job.accept_changes)
+                kind.check_start(start)
+        start = distributed.broadcast_object(start)
+        for text in remarks:
+            _log.warning("warning: %s", text)
+        model = build(job, device)
+        with refusing():
+            if distributed.is_main():
+                say(*data.check(model, quick=start.checkpoint is not None))
+            if start.checkpoint is None:
+                say(*kind.initialise(job, model))
+        run = kind(job, data, model, device, folder=None if is_trial else output)
+        say(*run.description())
+        if job.tune:
+            say(*tune_micro_batch(job, lambda trial: kind(trial, data, build(trial, device), device, folder=None), device))
+        elif job.estimate:
+            say(*estimate(run.trainer, run.train_loader, run.expected_steps))
+        elif job.diagnose != "no":
+            say(*diagnose(run.trainer, run.train_loader, job.diagnose, output))
+        else:
+            run.train(start)
+
+
+class Run:
+    """A trainer with its loaders; the programs fill in what is theirs.
+
+    Args:
+        job: settings.
+        data: opened.
+        model: on `device`.
+        device: of this rank.
+        folder: for what the trainer writes; None for a trial.
+
+    Raises:
+        ConfigError: settings that do not go together.
+    """
+
+    program: ClassVar[str]
+
+    def __init__(self, job: Any, data: Any, model: Any, device: torch.device, folder: Path | None) -> None:
+        self.job, self.data, self.model, self.device = job, data, model, device
+        sample_rate = model.frontend.sample_rate
+        self.expected_steps = expected_steps(job.trainer, data.seconds())
+        try:
+            parallel = parallelise(model, device, job.trainer.sharding, units_to_shard(model))
+            optimizer = build_optimizer(job.optim, model)
+            self.trainer = Trainer(
+                model,
+                optimizer,
+                build_schedule(job.schedule, optimizer),
+                job.trainer,
+                device=device,
+                folder=folder,
+                model_config=self.model_config(),
+                parallel=parallel,
+                job=settings_of(job, data),
+                sample_rate=sample_rate,
+                seed=job.seed,
+                program=self.program,
+                expected_steps=self.expected_steps,
+                quiet=job.quiet,
+                **self.more(),
+            )
+            self.train_loader = data.train_loader(self.trainer.plan, sample_rate, job.seed, device)
+            # sharded ranks compute every batch together
+            together = job.trainer.sharding != "none"
+            self.valid_loader = data.valid_loader(self.trainer.plan, sample_rate, device, drop_incomplete=together)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    @classmethod
+    def check_start(cls, start: Start) -> None:
+        """Refuse, with a `ValueError`, changes that make no sense for this program even where the user accepts them."""
+
+    @classmethod
+    def initialise(cls, job: Any, model: Any) -> list[str]:
+        """Give a new run's model other weights than drawn ones; returns what was done, for people. ValueError: they do not fit."""
+        return []
+
+    def model_config(self) -> dict[str, Any]:
+        """What the model is built from, as a model file tells it."""
+        return to_dict(self.job.model)
+
+    def more(self) -> dict[str, Any]:
+        """Further arguments of the trainer."""
+        return {}
+
+    def description(self) -> list[str]:
+        """What will be trained, and on what."""
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        seconds = self.data.seconds()
+        hours = "" if seconds is None else f", {seconds / 3600:,.2f} h of audio an epoch"
+        return [
+            f"model of {num_parameters / 1e6:.2f} M parameters on {distributed.world_size()} x {self.device.type}, "
+            f"{str(self.trainer.update.dtype).removeprefix('torch.')}{hours}",
+            self.trainer.plan.text(),
+        ]
+
+    def train(self, start: Start) -> None:
+        """Try what could fail, then train to the end."""
+        with ExitStack() as held:
+            with refusing():
+                if distributed.is_main():
+                    held.enter_context(alone_in(Path(self.job.output)))
+            self._train(start)
+
+    def _train(self, start: Start) -> None:
+        trainer, output = self.trainer, Path(self.job.output)
+        changes = [] if start.checkpoint is None else self._go_on(start.checkpoint, start.changes)
+        with refusing():
+            if distributed.is_main():
+                say(check_disk(trainer, output, self.expected_steps))
+        if self.job.preflight.run and (start.checkpoint is None or changes):
+            try:
+                say(*run_preflight(trainer, self.train_loader, self.job.preflight))
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        with distributed.failing_together():
+            if distributed.is_main():
+                record_settings(output, self.job)
+        if not trainer.fit(self.train_loader, self.valid_loader):
+            raise KeyboardInterrupt
+        if distributed.is_main():
+            say(total(output).text())
+
+    def _go_on(self, checkpoint: Path, changes: tuple[str, ...]) -> list[str]:
+        """Go on from a checkpoint, with the settings of now; returns what has changed, which people have been told then."""
+        trainer = self.trainer
+        rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+        try:
+            found = trainer.resume(checkpoint, _ByCount(self.train_loader) if changes else self.train_loader)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if any(text.startswith("optim.lr") for text in changes):
+            for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+                group["initial_lr"] = rate * trainer.guard.lr_factor
+        say(*(f"note: {text}" for text in [*changes, *found]))
+        say(f"going on from {checkpoint} at step {trainer.progress.step:,}")
+        return [*changes, *found]
+
+
+class _ByCount:
+    """The loader of a run whose settings have changed: goes on after as many batches as were read, whatever they hold now."""
+
+    def __init__(self, loader: BatchLoader[Any]) -> None:
+        self.loader = loader
+        self.set_epoch, self.state_dict, self.start_at = loader.set_epoch, loader.state_dict, loader.start_at
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loader.start_at(state["epoch"], state["batches"])
+
+
+def settings_of(job: TrainingJob, data: Data) -> dict[str, Any]:
+    """What a checkpoint tells of its run: all settings, and where the labels or tokens come from."""
+    return {**to_dict(job), "lineage": data.lineage}
+
+
+def expected_steps(config: TrainerConfig, seconds: float | None) -> int:
+    """Optimizer steps until training ends, for an epoch of so many seconds of audio; 0: not known."""
+    if not seconds:
+        return config.max_steps
+    in_epochs = math.ceil(seconds / config.batch.seconds_per_update) * config.max_epochs
+    return min(config.max_steps or in_epochs, in_epochs)
+
+
+def prepare_model(job: Any, make: Callable[[], Model], device: torch.device) -> Model:
+    """The model with weights drawn from the seed, the same on every rank and on every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        model = make()
+    model.encoder.recompute_layers = job.activation_checkpointing
+    if job.data.normalize and isinstance(model.frontend, WaveformFrontend):
+        model.frontend.normalizes_audio = False  # the data is normalised already, over whole utterances instead of crops
+    return model.to(device)
+
+
+def units_to_shard(model: nn.Module) -> list[nn.Module]:
+    """The encoder's layers: what is gathered, used and let go of together."""
+    return [module for module in model.modules() if isinstance(module, ZipformerLayer | TransformerLayer)]

@@ -1,0 +1,344 @@
+"""The fine-tuning program on words of tones, each letter a pitch: what it learns, what it leaves behind, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.cut import MonoCut
+from torch.utils._pytree import tree_flatten_with_path
+
+from k2ssl.bin import finetune
+from k2ssl.bin.pretrain_remarks import asr_settings_without_effect
+from k2ssl.bin.word_errors import WordErrors
+from k2ssl.config import load
+from k2ssl.data.cuts import read_cuts
+from k2ssl.data.loader import asr_loader
+from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig, load_tokenizer, tokenizer_from_dict
+from k2ssl.decode.hypotheses import Hypothesis
+from k2ssl.models.asr import AsrConfig, AsrModel
+from k2ssl.models.hubert import HubertConfig, HubertModel
+from k2ssl.models.load import config_to_dict, load_model
+from k2ssl.structure import from_dict
+from k2ssl.train.checkpoint import load_checkpoint
+
+RATE = 16000
+LETTERS = "ABCD"
+CHILD = """
+import os, signal, sys
+from k2ssl.bin import finetune
+from k2ssl.train.trainer import Trainer
+plain = Trainer.train_step
+def train_step(self, batches):
+    plain(self, batches)
+    if self.progress.step == 5 and self.log is not None:
+        self.checkpoints.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.train_step = train_step
+sys.exit(finetune.main(sys.argv[1:]))
+"""
+
+
+class Words:
+    """Two splits, `train` and `valid`, of one to three words of one to three letters."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokenizer = folder / "tokenizer.pt"
+        LetterTokenizer(LETTERS, NormalizationConfig()).save(self.tokenizer)
+        for seed, (split, num) in enumerate((("train", 40), ("valid", 10))):
+            draw = np.random.default_rng(seed)
+            texts = [
+                " ".join("".join(draw.choice(list(LETTERS), draw.integers(1, 4))) for _ in range(draw.integers(1, 4))) for _ in range(num)
+            ]
+            self.write(split, texts)
+
+    def cuts(self, split: str) -> str:
+        return str(self.folder / f"cuts_{split}.jsonl.gz")
+
+    def write(self, split: str, texts: list[str], sounds: list[str] | None = None) -> str:
+        """Sounds that say `sounds`, by default the texts."""
+        draw = np.random.default_rng(len(texts))
+        cuts = []
+        for number, (text, sound) in enumerate(zip(texts, sounds or texts, strict=True)):
+            time, gap = np.arange(1920) / RATE, np.zeros(480)
+            tones = [np.sin(2 * np.pi * 300 * 2 ** LETTERS.find(c) * time) * np.hanning(1920) * (c in LETTERS) for c in sound]
+            audio = np.concatenate([np.zeros(1600), *(part for tone in tones for part in (0.3 * tone, gap))])
+            path = self.folder / f"{split}{number:02d}.wav"
+            soundfile.write(path, audio + 0.01 * draw.standard_normal(len(audio)), RATE)
+            recording = Recording.from_file(path)
+            cut = MonoCut(recording.id, 0.0, recording.duration, 0, recording=recording)
+            cut.supervisions = [SupervisionSegment(cut.id, recording.id, 0.0, recording.duration, text=text)]
+            cuts.append(cut)
+        CutSet.from_cuts(cuts).to_file(self.folder / f"cuts_{split}.jsonl.gz")
+        return self.cuts(split)
+
+    def command(self, output: Path, *options: str) -> list[str]:
+        """A tiny Transformer on log-mel features."""
+        return [str(self.folder / "tiny.toml"), "--tokenizer", str(self.tokenizer), "--output", str(output), *options]
+
+
+TINY = """
+device = "cpu"
+quiet = true
+[model]
+vocab_size = 7
+heads = "ctc"
+input_dropout = 0.0
+[model.masking]
+probability = 0.0
+[model.frontend]
+kind = "logmel"
+channels = [4, 8, 16]
+output_dim = 32
+num_bins = 40
+[model.encoder]
+kind = "transformer"
+num_layers = 2
+dim = 32
+feedforward_dim = 64
+num_heads = 4
+conv_pos_kernel = 16
+conv_pos_groups = 4
+dropout = 0.0
+attention_dropout = 0.0
+layer_drop = 0.0
+[schedule]
+lr_batches = 1000
+warmup_batches = 10
+warmup_start = 0.5
+[trainer]
+tensorboard = false
+log_every = 1
+valid_every = 4
+average_period = 2
+[trainer.keep]
+save_every = 4
+[trainer.batch]
+seconds_per_update = 20.0
+seconds_per_micro_batch = 10.0
+[preflight]
+batches = 5
+[data]
+num_buckets = 2
+num_workers = 0
+min_seconds = 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Words:
+    folder = tmp_path_factory.mktemp("words")
+    made = Words(folder)
+    (folder / "tiny.toml").write_text(TINY + f'cuts = ["{made.cuts("train")}"]\nvalid_cuts = ["{made.cuts("valid")}"]\n')
+    return made
+
+
+def environment() -> dict[str, str]:
+    """As many threads as here, on which the last bits of sums depend."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def model_of(command: list[str]) -> AsrConfig:
+    return load(finetune.Finetune, command).model
+
+
+@pytest.fixture(scope="module")
+def whole(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert finetune.main(words.command(output, "--trainer.max-steps", "8")) == 0
+    return output
+
+
+def test_a_checkpoint_holds_its_tokenizer_and_can_be_used_as_a_model(whole: Path, words: Words) -> None:
+    path = whole / "checkpoints/step-000000008.pt"
+    content = load_checkpoint(path)
+    assert tokenizer_from_dict(content["tokenizer"]).encode("AD") == load_tokenizer(words.tokenizer).encode("AD")
+    assert load_model(path, of=AsrModel).config == model_of(words.command(whole))
+    job = content["job"]
+    assert job.pop("lineage") == {"tokenizer_sha256": load_tokenizer(words.tokenizer).sha256}
+    assert from_dict(finetune.Finetune, job) == load(finetune.Finetune, [str(whole / "settings.json")])
+    assert json.loads((whole / "ledger.jsonl").read_text().splitlines()[-1])["program"] == "finetune"
+
+
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(whole: Path, words: Words, tmp_path: Path) -> None:
+    command = words.command(tmp_path / "run", "--trainer.max-steps", "8")
+    ended = subprocess.run([sys.executable, "-c", CHILD, *command], env=environment(), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert finetune.main(command) == 0
+    ours, theirs = (load_checkpoint(folder / "checkpoints/step-000000008.pt") for folder in (tmp_path / "run", whole))
+    for content in (ours, theirs):
+        content["job"].pop("output")
+        content["ranks"][0].pop("generator")  # torch's own, which pytest seeds and training never draws from
+    for (path, one), (other, two) in zip(tree_flatten_with_path(ours)[0], tree_flatten_with_path(theirs)[0], strict=True):
+        same = torch.equal(one.nan_to_num(nan=-1.0), two.nan_to_num(nan=-1.0)) if isinstance(one, torch.Tensor) else repr(one) == repr(two)
+        assert path == other and same, path
+    numbers = [[(record["step"], record["wer"]) for record in lines(folder, "valid")] for folder in (tmp_path / "run", whole)]
+    assert numbers[0] == numbers[1] and [step for step, _ in numbers[0]] == [4, 8]
+
+
+def test_both_heads_learn_to_read_words_they_have_not_heard_and_the_best_checkpoint_is_the_one_with_the_lowest_error_rate(
+    words: Words, tmp_path: Path
+) -> None:
+    options = ["--model.heads", "both", "--model.ctc-scale", "1", "--model.output-downsampling", "2", "--model.warmup-steps", "20"]
+    options += ["--trainer.batch.seconds-per-micro-batch", "20", "--trainer.keep.save-every", "60", "--trainer.valid-every", "60"]
+    assert finetune.main(words.command(tmp_path / "run", *options, "--trainer.max-steps", "240", "--trainer.log-every", "60")) == 0
+    valid = {record["step"]: record for record in lines(tmp_path / "run", "valid")}
+    assert valid[240]["wer_ctc"] <= 0.05 and valid[240]["wer_transducer"] <= 0.1 < valid[60]["wer_transducer"]
+    assert all(record["wer"] == record["wer_transducer"] for record in valid.values())
+    scores = json.loads((tmp_path / "run/checkpoints/scores.json").read_text())
+    assert scores and all(score == valid[int(name[5:14])]["wer"] for name, score in scores.items())
+    assert min(scores.values()) == min(record["wer"] for record in valid.values())
+
+
+def test_an_encoder_that_was_trained_before_is_taken_raw_or_averaged(whole: Path, words: Words, tmp_path: Path) -> None:
+    pretrained = tmp_path / "pretrained.pt"
+    config = model_of(words.command(whole))
+    model = HubertModel(HubertConfig(frontend=config.frontend, encoder=config.encoder))
+    average = {name: value + 1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    content = {"config": config_to_dict(model.config), "model": model.state_dict(), "average": {"step": 2, "model": average}}
+    torch.save(content, pretrained)
+    for weights, expected in (("raw", model.state_dict()), ("average", average)):
+        output = tmp_path / weights
+        command = words.command(output, "--init", str(pretrained), "--init-weights", weights, "--trainer.max-steps", "1")
+        assert finetune.main(command) == 0
+        begun = load_model(output / "checkpoints/step-000000000.pt", of=AsrModel).state_dict()
+        taken = [name for name in begun if name.startswith(("encoder.", "frontend.", "projection.", "mask_embedding"))]
+        assert len(taken) > 20 and all(torch.equal(begun[name], expected[name]) for name in taken)
+        pretrained_head = [name for name in begun if name not in expected]
+        assert pretrained_head == ["ctc.projection.weight", "ctc.projection.bias"]
+
+
+def test_errors_of_all_ranks_are_counted(words: Words, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "k2ssl.bin.finetune"]
+    command = words.command(tmp_path / "two", "--trainer.max-steps", "1", "--preflight.run", "False")
+    done = subprocess.run([*program, *command], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (valid,) = lines(tmp_path / "two", "valid")
+    model = load_model(tmp_path / "two/checkpoints/step-000000001.pt", of=AsrModel).eval()
+    errors = WordErrors(model, load_tokenizer(words.tokenizer))
+    with torch.no_grad():
+        for batch in asr_loader(read_cuts(words.cuts("valid")), max_duration=5.0, shuffle=False, drop_incomplete=False):
+            errors.add(batch)
+    expected = errors.result()
+    assert valid["num_words"] == expected["num_words"] and valid["wer"] == pytest.approx(expected["wer"])
+
+
+def test_words_are_counted_against_the_normalised_transcript() -> None:
+    tokenizer = LetterTokenizer(LETTERS.lower(), NormalizationConfig(case="lower"))
+    counted = WordErrors(AsrModel(AsrConfig.tiny(7, "both")), tokenizer)
+    heard = [Hypothesis(tuple(tokenizer.encode(text)), 0.0) for text in ("ab c", "a")]
+    counted._count("ctc", ["AB  C", "A B"], heard)
+    counted._count("transducer", ["AB  C", "D D"], heard)
+    assert counted.result() == {"wer_ctc": 1 / 4, "wer_transducer": 2 / 4, "wer": 2 / 4, "num_words": 4}
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
+    assert finetune.main(command) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_transcripts_with_unknown_symbols_are_refused_by_name_or_marked(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts = words.write("unknown", ["AB", "AXB", "CD"], ["AB", "AAB", "CD"])
+    command = words.command(tmp_path / "run", "--data.cuts", cuts, "--trainer.max-steps", "1")
+    said = refusal(capsys, command)
+    assert "utterance 'unknown01'" in said and "'X'" in said and "--data.unknown mark" in said
+    assert not (tmp_path / "run").exists()
+    assert finetune.main([*command, "--data.unknown", "mark"]) == 0
+    assert "3 cuts, 1 unknown characters" in capsys.readouterr().out
+
+
+def test_transcripts_that_are_empty_are_left_out_and_counted_and_nothing_left_is_refused(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    cuts = words.write("empty", ["AB", "", "CD"], ["AB", "AAB", "CD"])
+    assert finetune.main(words.command(tmp_path / "run", "--data.cuts", cuts, "--trainer.max-steps", "1")) == 0
+    assert "3 cuts, 1 without a transcript, left out" in capsys.readouterr().out
+    nothing = words.write("nothing", ["", ""], ["AB", "A"])
+    said = refusal(capsys, words.command(tmp_path / "other", "--data.cuts", nothing))
+    assert said.endswith("none of its 2 cuts has a transcript")
+
+
+def test_targets_longer_than_frames_are_named_before_training_and_counted_while_it_runs(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    cuts = words.write("long", ["AB" * 30, "A" * 20, "CD"], ["A", "AB", "CD"])
+    assert finetune.main(words.command(tmp_path / "run", "--data.cuts", cuts, "--trainer.max-steps", "1")) == 0
+    assert "2 with too few frames for ctc" in capsys.readouterr().out
+    assert any("the ctc loss leaves them out: long00, long01" in message for message in caplog.messages)
+    (train,) = lines(tmp_path / "run", "train")
+    assert train["count_too_long_ctc"] == 2 and train["num_targets"] == 2
+
+
+def test_a_checkpoint_without_our_encoder_is_refused(whole: Path, words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = whole / "checkpoints/step-000000008.pt"
+    content = dict(torch.load(last, weights_only=True))
+    content["model"] = {name: value for name, value in content["model"].items() if name.startswith("ctc.")}
+    torch.save(content, tmp_path / "headless.pt")
+    command = words.command(tmp_path / "run", "--trainer.max-steps", "1")
+    assert "holds no encoder under 'model'" in refusal(capsys, [*command, "--init", str(tmp_path / "headless.pt")])
+    (tmp_path / "deeper.toml").write_text("[model.encoder]\nnum_layers = 3\n")
+    said = refusal(capsys, [command[0], str(tmp_path / "deeper.toml"), *command[1:], "--init", str(last)])
+    assert "another architecture" in said and "encoder.num_layers is 2 there, 3 here" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused_even_where_changes_are_accepted(
+    whole: Path, words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LetterTokenizer("ABCDE", NormalizationConfig()).save(tmp_path / "larger.pt")
+    LetterTokenizer("BACD", NormalizationConfig()).save(tmp_path / "swapped.pt")
+    said = refusal(capsys, words.command(tmp_path / "run", "--tokenizer", str(tmp_path / "larger.pt")))
+    assert "model.vocab_size is 7, the tokenizer has 8 tokens; give --model.vocab-size 8" in said
+    shutil.copytree(whole, tmp_path / "copy")
+    command = words.command(tmp_path / "copy", "--tokenizer", str(tmp_path / "swapped.pt"), "--trainer.max-steps", "9")
+    for accepting in ([], ["--accept-changes", "True"]):
+        said = refusal(capsys, [*command, *accepting])
+        assert "lineage.tokenizer_sha256 is" in said
+    assert "another tokenizer" in said
+    shutil.copy(words.tokenizer, tmp_path / "moved.pt")
+    moved = words.command(tmp_path / "copy", "--tokenizer", str(tmp_path / "moved.pt"), "--trainer.max-steps", "9")
+    assert finetune.main(moved) == 0, "where it lies does not matter"
+
+
+def test_settings_that_cannot_be_are_refused(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = words.command(tmp_path / "run")
+    assert "trainer.sharding is 'fsdp'" in refusal(capsys, [*command, "--trainer.sharding", "fsdp"])
+    assert "min_seconds is 0.05, at least 0.1" in refusal(capsys, [*command, "--data.min-seconds", "0.05"])
+    assert "there is no such file" in refusal(capsys, [*command, "--tokenizer", str(tmp_path / "none.pt")])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.simple-scale", "0.7"], "model.simple_scale: no effect with model.heads ctc"),
+        (["--model.transducer.prune-range", "4"], "model.transducer: no effect with model.heads ctc"),
+        (["--model.heads", "transducer", "--model.ctc.dropout", "0.3"], "model.ctc: no effect with model.heads transducer"),
+        (["--model.ctc-scale", "0.3"], "model.ctc_scale: no effect with model.heads ctc"),
+        (["--init-weights", "average"], "init_weights: no effect without init"),
+        (["--model.freeze-frontend-steps", "3", "--model.freeze-encoder-steps", "3"], "model.freeze_frontend_steps: no effect below"),
+    ],
+)
+def test_settings_without_effect_are_named(words: Words, tmp_path: Path, options: list[str], said: str) -> None:
+    assert list(asr_settings_without_effect(load(finetune.Finetune, words.command(tmp_path)))) == []
+    (text,) = asr_settings_without_effect(load(finetune.Finetune, words.command(tmp_path, *options)))
+    assert text.startswith(said)
