@@ -47,6 +47,7 @@ MAY_IMPORT_LAZILY: dict[str, set[str]] = {"losses": {"lattice"}, "models.k2": {"
 ONLY_FROM: dict[str, set[str]] = {
     "tyro": {"config"},
     "k2": {"lattice"},
+    "triton": {"losses"},
     "lhotse": {"data", "labelling", "bin"},
     "sentencepiece": {"data"},
     "kaldialign": {"decode"},
@@ -55,7 +56,10 @@ ONLY_FROM: dict[str, set[str]] = {
     "pytest": set(),
 }
 # Numpy and the standard library come with torch, they are not listed.
-ONLY_THESE: dict[str, set[str]] = {"losses": {"torch", "numpy"}, "decode": {"torch", "numpy", "kaldialign", "kenlm", "flashlight"}}
+ONLY_THESE: dict[str, set[str]] = {
+    "losses": {"torch", "numpy", "triton"},
+    "decode": {"torch", "numpy", "kaldialign", "kenlm", "flashlight"},
+}
 
 STATEFUL_RANDOM = re.compile(
     r"^(random|numpy\.random|np\.random)\.(?!Random$|SystemRandom$|default_rng$|Generator$|SeedSequence$|PCG64$)\w+$"

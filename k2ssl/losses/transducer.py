@@ -6,8 +6,8 @@ loss. Losses are per utterance, (N,); callers sum. Everything is computed in flo
 
 Letters beside those of `k2ssl.batch`: S symbols of the longest transcript, V vocabulary size, R width of the pruning window.
 
-What cannot be seen without waiting for the device is not checked: `boundary` is a CPU tensor and always checked, `symbols` are checked
-where they are on the CPU.
+What cannot be seen without waiting for the device is not checked: `boundary` is a CPU tensor and always checked, `symbols` and
+`ranges` are checked where they are on the CPU.
 
 Source: arXiv 2206.13236. Upstream: k2.rnnt_loss_smoothed, k2.rnnt_loss_pruned, k2.rnnt_loss, rnnt_type "regular".
 """
@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from k2ssl.losses.transducer_lattice import NEG_INF, check_boundary, lattice_loss
-from k2ssl.losses.transducer_pruning import check_ranges
+from k2ssl.losses.transducer_lattice import NEG_INF, check_boundary, lattice_loss, refuse_second_derivative, window_loss
+from k2ssl.losses.transducer_pruning import check_ranges, check_windows
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,8 @@ def pruned_loss(logits: Tensor, symbols: Tensor, ranges: Tensor, boundary: Tenso
         (N,) negative log-likelihoods in nats; +inf with zero gradient where no alignment fits in the windows.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; a symbol that is blank or outside the vocabulary.
+        ValueError: shapes, dtypes or devices that do not fit; a symbol that is blank or outside the vocabulary; ranges that are no
+            windows or move back.
     """
     if logits.dim() != 4 or symbols.dim() != 2:
         raise ValueError(f"pruned_loss: logits {tuple(logits.shape)} and symbols {tuple(symbols.shape)} must be (N, T, R, V) and (N, S)")
@@ -106,13 +106,13 @@ def pruned_loss(logits: Tensor, symbols: Tensor, ranges: Tensor, boundary: Tenso
     _check_symbols(symbols, boundary, num_positions - 1, blank, logits)
     if ranges.shape != logits.shape[:3]:
         raise ValueError(f"pruned_loss: logits {tuple(logits.shape)} and ranges {tuple(ranges.shape)} must be (N, T, R, V) and (N, T, R)")
+    check_windows(ranges, num_positions)
     with torch.autocast(logits.device.type, enabled=False):
         boundary = boundary.to(logits.device, non_blocking=True)
         targets = _next_symbols(symbols, boundary, blank)
         in_window = targets.unsqueeze(1).expand(-1, num_frames, -1).gather(2, ranges)
         px, py = _TargetLogProbs.apply(logits, in_window, blank)
-        outside = px.new_full((batch, num_frames, num_positions), NEG_INF)
-        return _loss_on_grid(outside.scatter(2, ranges, px), outside.scatter(2, ranges, py), boundary)
+        return window_loss(px, py, ranges, boundary, num_positions - 1)
 
 
 def full_loss(logits: Tensor, symbols: Tensor, boundary: Tensor, blank: int = 0) -> Tensor:
@@ -137,13 +137,8 @@ def full_loss(logits: Tensor, symbols: Tensor, boundary: Tensor, blank: int = 0)
         boundary = boundary.to(logits.device, non_blocking=True)
         targets = _next_symbols(symbols, boundary, blank).unsqueeze(1).expand(-1, num_frames, -1)
         px, py = _TargetLogProbs.apply(logits, targets, blank)
-        return _loss_on_grid(px, py, boundary)
-
-
-def _loss_on_grid(px: Tensor, py: Tensor, boundary: Tensor) -> Tensor:
-    """Lattice loss for (N, T, S+1) log-probabilities of the next symbol and of blank."""
-    px = _close_last_frame(px[:, :, :-1].transpose(1, 2), boundary)
-    return lattice_loss(px, py.transpose(1, 2), boundary)[0]
+        px = _close_last_frame(px[:, :, :-1].transpose(1, 2), boundary)
+        return lattice_loss(px, py.transpose(1, 2), boundary)[0]
 
 
 def _close_last_frame(px: Tensor, boundary: Tensor) -> Tensor:
@@ -180,25 +175,39 @@ class _TargetLogProbs(torch.autograd.Function):
     """Log-probabilities of one target per row and of blank.
 
     The gradient is written out because autograd would hold three tensors as large as the logits (of log-sum-exp and of both gathers),
-    and the logits of the joint network are the largest tensor of a training step.
+    and the logits of the joint network are the largest tensor of a training step. For the same reason both directions go through them
+    piece by piece: besides the gradient itself nothing of their size is ever made.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, blank: int) -> tuple[Tensor, Tensor]:
-        norm = _at_least_float32(logits).logsumexp(-1)
+        pieces = logits.reshape(-1, logits.shape[-1]).split(_rows_at_once(logits))
+        norm = torch.cat([_at_least_float32(piece).logsumexp(-1) for piece in pieces]).view(targets.shape)
         ctx.save_for_backward(logits, targets, norm)
         ctx.blank = blank
         target_logits = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         return target_logits - norm, logits[..., blank] - norm
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, target_grad: Tensor, blank_grad: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative()
         logits, targets, norm = ctx.saved_tensors
-        grad = (logits - norm.unsqueeze(-1)).exp_().mul_(-(target_grad + blank_grad).unsqueeze(-1))
-        grad.scatter_add_(-1, targets.unsqueeze(-1), target_grad.unsqueeze(-1))
-        grad[..., ctx.blank] += blank_grad
-        return grad.to(logits.dtype), None, None
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        flat = [tensor.reshape(-1, logits.shape[-1]) for tensor in (grad, logits)]
+        flat += [tensor.reshape(-1, 1) for tensor in (targets, norm, target_grad, blank_grad)]
+        pieces = (tensor.split(_rows_at_once(logits)) for tensor in flat)
+        for out, piece, target, piece_norm, by_target, by_blank in zip(*pieces, strict=True):
+            piece_grad = (piece - piece_norm).exp_().mul_(-(by_target + by_blank))
+            piece_grad.scatter_add_(1, target, by_target)
+            piece_grad[:, ctx.blank] += by_blank.squeeze(1)
+            out.copy_(piece_grad)
+        return grad, None, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows of logits for one step: enough to keep a device busy, few enough for a processor's cache."""
+    numbers = 2**19 if logits.device.type == "cpu" else 2**25
+    return max(numbers // logits.shape[-1], 1)
 
 
 def _next_symbols(symbols: Tensor, boundary: Tensor, blank: int) -> Tensor:

@@ -9,7 +9,8 @@ begins,
 and the loss is -p at the node where it ends. The derivative of p[end] by an arc's log-probability is the posterior probability that an
 alignment uses the arc (its *occupancy*), so the backward pass is a second recursion and needs no autograd graph.
 
-`forward_backward` holds both recursions behind one signature: whoever computes them faster replaces that function alone.
+`forward_backward` and `window_forward_backward` hold both recursions behind one signature each, for all nodes and for windows of nodes;
+`transducer_backend` tells who computes them.
 
 Source: arXiv 1211.3711 (lattice), arXiv 2206.13236 (occupancies). Upstream: k2.mutual_information_recursion, "regular" lattice.
 """
@@ -21,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-NEG_INF = float("-inf")
+from k2ssl.losses.transducer_backend import announced_backend, recursion
+from k2ssl.losses.transducer_diagonals import NEG_INF, Diagonals, ends_of, grid_view, window_nodes
 
 
 def make_boundary(symbol_lens: Tensor, frame_lens: Tensor) -> Tensor:
@@ -64,94 +65,108 @@ def lattice_loss(px: Tensor, py: Tensor, boundary: Tensor) -> tuple[Tensor, Tens
         px_grad (N, S, T+1) and py_grad (N, S+1, T): occupancies in 0..1, detached, zero outside an utterance's boundary. Each row of
         `px_grad` inside it sums to 1 over frames, each column of `py_grad` to 1 over symbols.
     """
-    loss, px_grad, py_grad = _LatticeLoss.apply(px, py, boundary)
+    loss, px_grad, py_grad = _LatticeLoss.apply(px, py, boundary, None, px.shape[1])
     return loss, px_grad, py_grad
+
+
+def window_loss(px: Tensor, py: Tensor, ranges: Tensor, boundary: Tensor, num_symbols: int) -> Tensor:
+    """Negative log-likelihood over the alignments that stay inside windows, differentiable in `px` and `py`.
+
+    Args:
+        px, py: (N, T, R) log-probabilities of the next symbol and of blank at symbol positions `ranges`. A symbol stays in its frame, so
+            that of a window's last position leads nowhere; a blank leads to the next frame, if its window still has the position.
+        ranges: (N, T, R) int64, consecutive along R, never falling along T.
+        boundary: (N, 4) int64 on the same device: begin symbol, begin frame, end symbol, end frame.
+        num_symbols: S, the most that `ranges` may hold.
+
+    Returns:
+        (N,), +inf where no alignment fits (its gradient is then zero).
+    """
+    return _LatticeLoss.apply(px, py, boundary, ranges, num_symbols)[0]
+
+
+def refuse_second_derivative() -> None:
+    """For gradients written by hand: torch's own `once_differentiable` lets a second derivative pass, and come out wrong, where the
+    incoming gradient needs none.
+
+    Raises:
+        RuntimeError: called in a backward pass with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("transducer losses can be differentiated once: their backward pass was called with create_graph=True")
 
 
 class _LatticeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, px: Tensor, py: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_likelihood, px_grad, py_grad = forward_backward(px, py, boundary)
+    def forward(
+        ctx: Any, px: Tensor, py: Tensor, boundary: Tensor, ranges: Tensor | None, num_symbols: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if ranges is None:
+            log_likelihood, px_grad, py_grad = forward_backward(px, py, boundary)
+        else:
+            log_likelihood, px_grad, py_grad = window_forward_backward(px, py, ranges, boundary, num_symbols)
         ctx.save_for_backward(px_grad, py_grad)
         ctx.mark_non_differentiable(px_grad, py_grad)
         return -log_likelihood, px_grad, py_grad
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        refuse_second_derivative()
         px_grad, py_grad = ctx.saved_tensors
         scale = -loss_grad.view(-1, 1, 1)
-        return scale * px_grad, scale * py_grad, None
+        return scale * px_grad, scale * py_grad, None, None, None
 
 
 def forward_backward(px: Tensor, py: Tensor, boundary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both recursions, without autograd; arguments as for `lattice_loss`.
+    """Both recursions over all nodes, without autograd; arguments as for `lattice_loss`.
 
-    All nodes on one anti-diagonal (s + t = d) depend only on the one before, so the work is S + T steps of (N, S+1) vectors. The
-    recursions accumulate in float64: they are bound by the number of steps and not by arithmetic, and in float32 the rounding of a
+    The recursions accumulate in float64: they are bound by the number of steps and not by arithmetic, and in float32 the rounding of a
     log-likelihood of several thousand nats would already show in the occupancies.
 
     Returns:
         log_likelihood (N,), px_grad (N, S, T+1), py_grad (N, S+1, T), in the dtype of `px`.
     """
-    num_symbols, num_frames = px.shape[1], py.shape[2]
-    emit = _to_diagonals(F.pad(px, (0, 0, 0, 1), value=NEG_INF))
-    wait = _to_diagonals(F.pad(py, (0, 1), value=NEG_INF))
-    alpha = _forward(emit, wait, boundary)
-    rows = torch.arange(px.shape[0], device=px.device)
-    end = (boundary[:, 2] + boundary[:, 3], rows, boundary[:, 2])
-    px_grad, py_grad = _occupancies(alpha, emit, wait, end)
-    px_grad = _from_diagonals(px_grad.to(px.dtype), num_frames + 1)[:, :num_symbols]
-    py_grad = _from_diagonals(py_grad.to(py.dtype), num_frames + 1)[:, :, :num_frames]
-    return alpha[end].to(px.dtype), px_grad.contiguous(), py_grad.contiguous()
+    backend = announced_backend(px.device)
+    if backend == "k2":
+        from k2ssl.lattice import transducer as k2_lattice
+
+        return k2_lattice.forward_backward(px, py, boundary)
+    new_arcs, sweep = recursion(backend)
+    (batch, num_symbols, _), num_frames = px.shape, py.shape[2]
+    storage, emit, wait = new_arcs(batch, num_symbols + num_frames + 1, num_symbols + 1, px.device)
+    px_arcs, py_arcs = grid_view(emit, num_frames + 1)[:, :num_symbols], grid_view(wait, num_frames)
+    px_arcs.copy_(px)
+    py_arcs.copy_(py)
+    begin, end = ends_of(boundary, num_symbols + 1)
+    log_likelihood = sweep(Diagonals(storage, emit, wait, begin, end, cyclic=False))
+    return log_likelihood.to(px.dtype), torch.empty_like(px).copy_(px_arcs), torch.empty_like(py).copy_(py_arcs)
 
 
-def _forward(emit: Tensor, wait: Tensor, boundary: Tensor) -> Tensor:
-    """p of every node, as float64 (D, N, S+1) diagonals; -inf where no alignment passes."""
-    alpha = torch.full(emit.shape, NEG_INF, dtype=torch.float64, device=emit.device)
-    rows = torch.arange(emit.shape[1], device=emit.device)
-    begin = (boundary[:, 0] + boundary[:, 1], rows, boundary[:, 0])
-    alpha[begin] = 0.0
-    for d in range(alpha.shape[0] - 1):
-        arriving = alpha[d] + wait[d]
-        arriving[:, 1:] = torch.logaddexp(arriving[:, 1:], alpha[d, :, :-1] + emit[d, :, :-1])
-        torch.maximum(alpha[d + 1], arriving, out=alpha[d + 1])  # keeps the 0 of an utterance that begins here
-    return alpha
+def window_forward_backward(px: Tensor, py: Tensor, ranges: Tensor, boundary: Tensor, num_symbols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Both recursions over the nodes of windows, without autograd; arguments as for `window_loss`.
 
-
-def _occupancies(alpha: Tensor, emit: Tensor, wait: Tensor, end: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """Occupancies of symbol and blank arcs, as (D, N, S+1) diagonals.
-
-    The share of a node's probability that came in over an arc is exp(p[from] + arc - p[to]) <= 1, known for all arcs at once; walking
-    back from the end, a node passes its own occupancy on in these shares. Nothing here can overflow.
+    Returns:
+        log_likelihood (N,), px_grad (N, T, R), py_grad (N, T, R), in the dtype of `px`.
     """
-    unreached = alpha[1:] == NEG_INF
-    blank_share = (alpha[:-1] + wait[:-1] - alpha[1:]).exp_().masked_fill_(unreached, 0.0)
-    symbol_share = (alpha[:-1, :, :-1] + emit[:-1, :, :-1] - alpha[1:, :, 1:]).exp_().masked_fill_(unreached[:, :, 1:], 0.0)
-    node = torch.zeros_like(alpha)
-    node[end] = 1.0
-    for d in range(alpha.shape[0] - 2, -1, -1):
-        node[d].addcmul_(blank_share[d], node[d + 1])
-        node[d, :, :-1].addcmul_(symbol_share[d], node[d + 1, :, 1:])
-    px_grad, py_grad = torch.zeros_like(alpha), torch.zeros_like(alpha)
-    torch.mul(symbol_share, node[1:, :, 1:], out=px_grad[:-1, :, :-1])
-    torch.mul(blank_share, node[1:], out=py_grad[:-1])
-    return px_grad, py_grad
+    nodes = window_nodes(ranges, boundary)
+    px, py = px.masked_fill(~nodes.emits, NEG_INF), py.masked_fill(~nodes.waits, NEG_INF)
+    backend = announced_backend(px.device)
+    if backend == "k2":
+        return _windows_on_grid(px, py, ranges, boundary, num_symbols)
+    new_arcs, sweep = recursion(backend)
+    batch, num_frames, width = ranges.shape
+    storage, emit, wait = new_arcs(batch, num_symbols + num_frames + 1, width, px.device)
+    emit[nodes.index], wait[nodes.index] = px.double(), py.double()
+    begin, end = ends_of(boundary, width)
+    log_likelihood = sweep(Diagonals(storage, emit, wait, begin, end, cyclic=True))
+    return log_likelihood.to(px.dtype), emit[nodes.index].to(px.dtype), wait[nodes.index].to(px.dtype)
 
 
-def _to_diagonals(lattice: Tensor) -> Tensor:
-    """(N, S+1, T+1) -> (S+T+1, N, S+1): entry (d, n, s) is lattice[n, s, d - s], or -inf where that lies outside.
-
-    Rows padded by their own number and read with a stride one shorter come out shifted by one more place each.
-    """
-    num_rows, width = lattice.shape[1:]
-    num_diagonals = num_rows + width - 1
-    flat = F.pad(lattice, (0, num_rows), value=NEG_INF).flatten(1)
-    return flat[:, : num_rows * num_diagonals].unflatten(1, (num_rows, num_diagonals)).permute(2, 0, 1).contiguous()
-
-
-def _from_diagonals(diagonals: Tensor, width: int) -> Tensor:
-    """The inverse of `_to_diagonals`: (S+T+1, N, S+1) -> (N, S+1, width = T+1)."""
-    num_diagonals, _, num_rows = diagonals.shape
-    flat = F.pad(diagonals.permute(1, 2, 0).flatten(1), (0, num_rows))
-    return flat.unflatten(1, (num_rows, num_diagonals + 1))[:, :, :width]
+def _windows_on_grid(px: Tensor, py: Tensor, ranges: Tensor, boundary: Tensor, num_symbols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`window_forward_backward` by way of the whole lattice."""
+    outside = px.new_full((*px.shape[:2], num_symbols + 1), NEG_INF)
+    px_grid = outside.scatter(2, ranges, px)[:, :, :-1].transpose(1, 2)
+    py_grid = outside.scatter(2, ranges, py).transpose(1, 2)
+    log_likelihood, px_grad, py_grad = forward_backward(F.pad(px_grid, (0, 1), value=NEG_INF), py_grid, boundary)
+    px_grad = F.pad(px_grad[:, :, :-1], (0, 0, 0, 1))  # nothing follows the last symbol
+    return log_likelihood, px_grad.transpose(1, 2).gather(2, ranges), py_grad.transpose(1, 2).gather(2, ranges)

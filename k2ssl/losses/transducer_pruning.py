@@ -86,6 +86,27 @@ def check_ranges(ranges: Tensor, batch: int, num_frames: int, num_positions: int
         )
 
 
+def check_windows(ranges: Tensor, num_positions: int) -> None:
+    """Refuse ranges, where they are on the CPU, that are not windows of neighbouring symbol positions moving forwards.
+
+    Raises:
+        ValueError: as said, with utterance and frame.
+    """
+    if ranges.device.type != "cpu":
+        return  # looking at the values would wait for the device
+    starts = ranges[:, :, 0]
+    wrong = (
+        (ranges - starts.unsqueeze(2) != torch.arange(ranges.shape[2])).any(2) | (starts < 0) | (starts > num_positions - ranges.shape[2])
+    )
+    wrong[:, 1:] |= starts.diff(dim=1) < 0
+    if bool(wrong.any()):
+        row, frame = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"ranges of utterance {row} hold {ranges[row, frame].tolist()} at frame {frame}; allowed are neighbouring positions in "
+            f"0..{num_positions - 1}, none below those of the frame before"
+        )
+
+
 def _check_occupancies(px_grad: Tensor, py_grad: Tensor) -> None:
     batch, num_symbols, width = px_grad.shape if px_grad.dim() == 3 else (-1, -1, -1)
     if width < 2 or py_grad.shape != (batch, num_symbols + 1, width - 1):

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torchaudio
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from k2ssl.losses import transducer
 from k2ssl.losses.transducer import full_loss, pruned_loss, simple_loss
 from k2ssl.losses.transducer_lattice import make_boundary
 from k2ssl.losses.transducer_pruning import prune_ranges
@@ -30,6 +32,25 @@ def random_batch(seed: int, blank: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     frame_lens = torch.randint(1, num_frames + 1, (batch,), generator=generator)
     symbol_lens[0], frame_lens[-1] = num_symbols, num_frames  # torchaudio wants tensors no longer than the longest
     return logits.requires_grad_(), symbols, make_boundary(symbol_lens, frame_lens)
+
+
+class LargeResults(TorchDispatchMode):
+    """Names the operations that return at least `size` float32 numbers in memory that was not given to them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bytes, self.made_by = 4 * size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        if (
+            isinstance(result, Tensor)
+            and result.untyped_storage().nbytes() >= self.bytes
+            and result.untyped_storage().data_ptr() not in given
+        ):
+            self.made_by.append(str(func))
+        return result
 
 
 def all_positions(logits: Tensor) -> Tensor:
@@ -128,6 +149,30 @@ def test_gradients_pass_gradcheck_in_float64() -> None:
     ranges = prune_ranges(simple.px_grad, simple.py_grad, boundary, 2)
     logits = torch.randn(2, 4, 2, 5, generator=generator).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda logits: pruned_loss(logits, symbols, ranges, boundary), (logits,))
+    logits = torch.randn(2, 4, 4, 5, generator=generator).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda logits: full_loss(logits, symbols, boundary), (logits,))
+
+
+def test_loss_and_gradient_do_not_depend_on_how_many_rows_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, symbols, boundary = random_batch(9)
+    expected = full_loss(logits, symbols, boundary)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), logits)
+    assert logits[..., 0].numel() % 7 and logits[..., 0].numel() > 14
+    monkeypatch.setattr(transducer, "_rows_at_once", lambda logits: 7)
+    loss = full_loss(logits, symbols, boundary)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-6)
+
+
+def test_nothing_of_the_size_of_the_logits_is_made_but_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(2, 6, 4, 200).requires_grad_()
+    symbols, boundary = torch.ones(2, 3, dtype=torch.int64), make_boundary(torch.tensor([3, 2]), torch.tensor([6, 4]))
+    made = LargeResults(logits.numel() // 4)
+    monkeypatch.setattr(transducer, "_rows_at_once", lambda logits: 7)
+    with made:
+        full_loss(logits, symbols, boundary).sum().backward()
+    assert made.made_by == ["aten.empty_like.default"]
 
 
 def test_losses_are_float32_under_bfloat16_autocast() -> None:
