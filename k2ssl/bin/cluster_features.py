@@ -17,7 +17,7 @@ from k2ssl.bin.cluster_cuts import check_device
 from k2ssl.config import ConfigError
 from k2ssl.data.label_format import file_sha256
 from k2ssl.labelling.assign import check_same_features
-from k2ssl.labelling.features import FeatureFunction, MfccConfig, MfccFeatures, Scalar, hidden_features
+from k2ssl.labelling.features import FeatureFunction, HiddenFeatures, MfccConfig, MfccFeatures, Scalar
 from k2ssl.labelling.kmeans_model import KMeans
 from k2ssl.labelling.windows import normalized, windowed
 from k2ssl.structure import from_dict
@@ -105,7 +105,7 @@ def build_features(config: MfccConfig | HiddenConfig, device: torch.device | str
             return model.encode(audio, audio_lens, stop_after=last).output.frames
         return model.encode(audio, audio_lens, return_hidden=True, stop_after=last).output.stacks[config.stack - 1]
 
-    features = hidden_features(
+    features = HiddenFeatures(
         encode,
         dim=dim,
         sample_rate=model.frontend.sample_rate,

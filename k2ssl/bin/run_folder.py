@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from k2ssl import distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
 from k2ssl.config import ConfigError, dump
-from k2ssl.train.checkpoint import CheckpointFolder, load_checkpoint
+from k2ssl.train.checkpoint import CheckpointFolder, check_records, open_checkpoint
+from k2ssl.train.ledger import LEDGER
 from k2ssl.train.state import differences
 from k2ssl.train.trainer import Trainer, TrainerConfig
 
 SETTINGS = "settings.json"
+
+_CHECKPOINTS, _LOCK = "checkpoints", ".lock"
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ class Start:
 
 
 def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Sequence[str], accept_changes: bool) -> Start:
-    """Whether to go on with a run, and from which of its checkpoints. Only looks.
+    """Whether to go on with a run, and from which of its checkpoints, whose records have been compared with their checksums then. Only looks.
 
     Args:
         output: folder of the run.
@@ -50,7 +54,7 @@ def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Se
     Raises:
         ValueError: there is a run in `output` and it is another one or must not be resumed, or no checkpoint can be read.
     """
-    folder = output / "checkpoints"
+    folder = output / _CHECKPOINTS
     found = CheckpointFolder(folder, TrainerConfig().keep).latest() if folder.is_dir() else None
     if resume not in ("auto", "never"):
         asked = Path(resume)
@@ -58,12 +62,14 @@ def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Se
             raise ValueError(f"resume is {resume!r}, allowed are auto, never and the path of a checkpoint: there is no such file")
         if found is not None and asked.resolve().parent == folder.resolve() and asked.name != found.name:
             raise ValueError(f"resume is {resume}, but {found.name} beside it is newer and would be lost: choose another output folder")
-        found = found or asked
+        if found is None:
+            check_records(asked)
+            found = asked
     if found is None:
         return Start()
     if resume == "never":
         raise ValueError(f"{output}: holds a run already ({found.name}); --resume auto goes on with it, or choose another output folder")
-    saved = load_checkpoint(found).get("job")
+    saved = open_checkpoint(found).get("job")
     if saved is None:
         raise ValueError(f"{found}: this checkpoint does not say with which settings it was made, so training cannot go on from it")
     changes = tuple(text for text in differences(saved, job) if not _is_within(text.partition(" is ")[0], may_change))
@@ -77,21 +83,60 @@ def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Se
 
 @contextmanager
 def alone_in(output: Path) -> Iterator[None]:
-    """Hold the folder, on rank 0: a second process that would train in it is refused. The system lets go of it when we end, however.
+    """Hold the folder, on rank 0: a second process that would work in it is refused. The system lets go of it when we end, however.
+
+    A folder in which nothing was written meanwhile is left as it was found, which may be not at all.
 
     Raises:
         ValueError: another process holds it.
     """
-    with open(writable_folder(output) / ".lock", "w") as lock:
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    with _locked(writable_folder(output) / _LOCK):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{output}: another process is training in this folder; wait for it, or choose another output folder"
-            ) from error
-        except OSError:
-            _log.warning("%s: this file system has no locks, so nothing keeps a second process out of it", output)
-        yield
+            yield
+        finally:
+            if _is_unused(output):
+                (output / LEDGER).unlink(missing_ok=True)
+                (output / _LOCK).unlink(missing_ok=True)
+                for path in [output / _CHECKPOINTS, *made]:
+                    with suppress(OSError):  # not there, or somebody else's by now
+                        path.rmdir()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    while True:
+        with open(path, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{path.parent}: another process works in this folder; wait for it, or choose another output folder"
+                ) from error
+            except OSError:
+                _log.warning("%s: this file system has no locks, so nothing keeps a second process out of it", path.parent)
+            if _is_at(path, lock):
+                yield
+                return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether the open file still has its name; a process that ended may have removed it after we opened it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _is_unused(output: Path) -> bool:
+    """Nothing but what is there before the first byte is written."""
+    there = {path.name for path in output.iterdir()}
+    ledger, checkpoints = output / LEDGER, output / _CHECKPOINTS
+    return (
+        there <= {_LOCK, LEDGER, _CHECKPOINTS}
+        and (not ledger.exists() or ledger.stat().st_size == 0)
+        and (not checkpoints.exists() or not any(checkpoints.iterdir()))
+    )
 
 
 def record_settings(output: Path, job: Any) -> None:

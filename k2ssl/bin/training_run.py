@@ -126,13 +126,15 @@ def run_training(
         ValueError: the run failed.
         KeyboardInterrupt: a signal ended it; a checkpoint has been written.
     """
-    with distributed.set_up(choose_device(job.device)) as device:
+    with distributed.set_up(choose_device(job.device)) as device, ExitStack() as held:
         output = Path(job.output)
         is_trial = job.estimate or job.tune or job.diagnose != "no"
         start = Start()
         with refusing():
             data = open_data()
             if distributed.is_main() and not is_trial:
+                # before we look: who trains there now may write a newer checkpoint than we would find
+                held.enter_context(alone_in(output))
                 start = find_start(output, job.resume, settings_of(job, data), MAY_CHANGE, job.accept_changes)
                 kind.check_start(start)
         start = distributed.broadcast_object(start)
@@ -233,13 +235,6 @@ class Run:
 
     def train(self, start: Start) -> None:
         """Try what could fail, then train to the end."""
-        with ExitStack() as held:
-            with refusing():
-                if distributed.is_main():
-                    held.enter_context(alone_in(Path(self.job.output)))
-            self._train(start)
-
-    def _train(self, start: Start) -> None:
         trainer, output = self.trainer, Path(self.job.output)
         changes = [] if start.checkpoint is None else self._go_on(start.checkpoint, start.changes)
         with refusing():
@@ -263,7 +258,7 @@ class Run:
         trainer = self.trainer
         rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
         try:
-            found = trainer.resume(checkpoint, _ByCount(self.train_loader) if changes else self.train_loader)
+            found = trainer.resume(checkpoint, _ByCount(self.train_loader) if changes else self.train_loader, checked=True)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if any(text.startswith("optim.lr") for text in changes):

@@ -171,7 +171,20 @@ class MfccFeatures(nn.Module):
 
 
 class HiddenFeatures:
-    """Frames of any layer, through a function that runs the encoder; see `hidden_features`."""
+    """Hidden states of any layer as a `FeatureFunction`.
+
+    Args:
+        encode: (N, S) audio on the encoder's device and (N,) int64 CPU lengths to (N, num_frames(S), dim) frames of the wanted layer or
+            stack. It runs without gradients; putting the model into evaluation mode is the caller's task.
+        dim: numbers per frame.
+        sample_rate: Hz.
+        stride: samples from one frame to the next.
+        num_frames: frames of so many samples.
+        description: plain values that name the features: layer, hash of the checkpoint.
+
+    Raises:
+        ValueError: a number below 1.
+    """
 
     def __init__(
         self,
@@ -185,7 +198,7 @@ class HiddenFeatures:
     ) -> None:
         for name, value in (("dim", dim), ("sample_rate", sample_rate), ("stride", stride)):
             if value < 1:
-                raise ValueError(f"hidden_features: {name} is {value}, an integer >= 1 is needed")
+                raise ValueError(f"HiddenFeatures: {name} is {value}, an integer >= 1 is needed")
         self.encode, self.num_frames = encode, num_frames
         self.dim, self.sample_rate, self.stride = dim, sample_rate, stride
         self.description = dict(description)
@@ -210,35 +223,9 @@ class HiddenFeatures:
             encoded = self.encode(audio[whole, :longest], audio_lens[whole])
             asked = (len(whole), frames.shape[1], self.dim)
             if tuple(encoded.shape) != asked:
-                raise ValueError(f"hidden_features: the encoder gave frames of shape {tuple(encoded.shape)}, {asked} was announced")
+                raise ValueError(f"HiddenFeatures: the encoder gave frames of shape {tuple(encoded.shape)}, {asked} was announced")
             frames[whole] = encoded.float()
         return _zero_after(frames, frame_lens), frame_lens
-
-
-def hidden_features(
-    encode: Callable[[Tensor, Tensor], Tensor],
-    *,
-    dim: int,
-    sample_rate: int,
-    stride: int,
-    num_frames: Callable[[int], int],
-    description: Mapping[str, Scalar],
-) -> HiddenFeatures:
-    """Hidden states as a `FeatureFunction`.
-
-    Args:
-        encode: (N, S) audio on the encoder's device and (N,) int64 CPU lengths to (N, num_frames(S), dim) frames of the wanted layer or
-            stack. It runs without gradients; putting the model into evaluation mode is the caller's task.
-        dim: numbers per frame.
-        sample_rate: Hz.
-        stride: samples from one frame to the next.
-        num_frames: frames of so many samples.
-        description: plain values that name the features: layer, hash of the checkpoint.
-
-    Raises:
-        ValueError: a number below 1.
-    """
-    return HiddenFeatures(encode, dim=dim, sample_rate=sample_rate, stride=stride, num_frames=num_frames, description=description)
 
 
 def check_lens(audio: Tensor, audio_lens: Tensor) -> list[int]:

@@ -37,7 +37,7 @@ class KeepConfig:
     """When checkpoints are written and which of them stay.
 
     Attributes:
-        save_every: optimizer steps from one checkpoint to the next.
+        save_every: optimizer steps from one checkpoint to the next; one that validation finds among the best is written besides.
         keep_last: how many of the newest checkpoints are kept.
         keep_every: checkpoints at multiples of so many optimizer steps are kept for good; 0 keeps none for good.
         keep_best: how many of those that validation found best (by their loss, or word error rate in fine-tuning) are kept; 0: none.
@@ -159,11 +159,18 @@ class CheckpointFolder:
             except DamagedError as error:
                 _log.warning("%s; passed over", error)
                 continue
-            _read(path, mmap=True)
+            open_checkpoint(path)
             return path
         if paths:
             raise ValueError(f"{self.folder}: holds {len(paths)} checkpoints, all of them damaged")
         return None
+
+    def is_among_best(self, score: float) -> bool:
+        """Whether a checkpoint of this score would be kept for it; on rank 0 only. Waits for the one that is being written."""
+        self._join()
+        scores = self._read_scores()
+        as_good = sum(scores.get(path.name, math.inf) <= score for path in self.paths())
+        return math.isfinite(score) and as_good < self.keep.keep_best
 
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: training goes on from `step` and will not come by them again. On rank 0 only."""
@@ -263,6 +270,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     check_records(path)
     return _read(path)
+
+
+def open_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What `load_checkpoint` gives, of a file whose records were compared already: tensors lie in the file, and what is not used is never
+    read. Processes on one machine share that memory.
+
+    What is done to those tensors does not reach the file. What is done to the file may reach them: it must be replaced, as checkpoints
+    are, not written into.
+
+    Raises:
+        ValueError: no training checkpoint, or of a later version.
+    """
+    return _read(Path(path), mmap=True)
 
 
 def check_records(path: str | Path) -> None:

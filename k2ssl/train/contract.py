@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Batch(Protocol):
@@ -47,11 +48,19 @@ class Evaluation(Protocol):
 
 @dataclass(frozen=True)
 class Made:
-    """An update that was made: its number, its adjusted batch count, and this rank's micro-batches."""
+    """An update that was made.
+
+    Attributes:
+        step: its number, from 1.
+        batch_count: adjusted batch count that it was made with.
+        batches: this rank's micro-batches.
+        loss_scale: the factor on its loss, on the device; None: there was none.
+    """
 
     step: int
     batch_count: float
     batches: tuple[Batch, ...]
+    loss_scale: Tensor | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -291,6 +291,17 @@ class Guard:
         record = state["record"]
         self._record = None if record is None else _Record(record["step"], tuple(record["ids"]), record["values"].cpu().clone())
         self._judged = None
+
+    def ids(self) -> dict[int, list[str]]:
+        """This rank's utterances in the steps that the state tells of, by step: all of the state that differs between ranks."""
+        found = {incident.step: list(incident.ids) for incident in self._recent}
+        return found if self._record is None else {**found, self._record.step: list(self._record.ids)}
+
+    def load_ids(self, ids: Mapping[int, Sequence[str]]) -> None:
+        """Put back what `ids` gave, after a state of another rank was loaded; steps that are missing have none."""
+        self._recent = [replace(incident, ids=tuple(ids.get(incident.step, ()))) for incident in self._recent]
+        if self._record is not None:
+            self._record = replace(self._record, ids=tuple(ids.get(self._record.step, ())))
 
     def _forget(self) -> None:
         self._norms = torch.full((_WINDOW,), math.nan, device=self._device)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from k2ssl import distributed
-from k2ssl.train.checkpoint import load_checkpoint
+from k2ssl.train.checkpoint import open_checkpoint
 from k2ssl.train.guard import Incident, Verdict
 from k2ssl.train.inf_check import find_nonfinite
 from k2ssl.train.precision import autocast
 from k2ssl.train.sharding import is_sharded
 from k2ssl.train.state import load_checkpoint_content
+from k2ssl.train.update import draws_of
 
 if TYPE_CHECKING:
     from k2ssl.train.contract import Made
@@ -23,6 +24,17 @@ _log = logging.getLogger(__name__)
 
 class DivergedError(ValueError):
     """Training diverged more often than it may be rolled back."""
+
+
+def prepare_folder(trainer: Trainer, resumed: bool) -> None:
+    """See to it that there is a checkpoint to roll back to and, in a run that was `resumed`, none of a later step; called by all ranks."""
+    step, has_none = trainer.progress.step, False
+    if trainer.checkpoints is not None:
+        if resumed:
+            trainer.checkpoints.drop_after(step)
+        has_none = not trainer.checkpoints.paths()
+    if step == 0 or distributed.broadcast_object(has_none):
+        trainer.save()
 
 
 def handle(trainer: Trainer, verdict: Verdict) -> None:
@@ -46,7 +58,8 @@ def handle(trainer: Trainer, verdict: Verdict) -> None:
 def _report(trainer: Trainer, incident: Incident) -> None:
     """Write the incident down, with the utterances of every rank and the first module that computed something not finite."""
     made = next((made for made in trainer.recent if made.step == incident.step), None)
-    count = trainer.progress.batch_count if made is None else made.batch_count
+    progress = trainer.progress
+    count = progress.batch_count - (progress.step - incident.step) * trainer.plan.count_per_step if made is None else made.batch_count
     broken = _first_broken_module(trainer, made) if made is not None and incident.kind.startswith("non_finite") else None
     found = distributed.gather_objects({"ids": incident.ids, "first_non_finite": broken})
     if found is None:
@@ -57,30 +70,31 @@ def _report(trainer: Trainer, incident: Incident) -> None:
 
 
 def _first_broken_module(trainer: Trainer, made: Made) -> str | None:
-    """Replay the step's micro-batches of this rank, with its draws, until something is not finite. The model is that of the next step by
-    now, which only coasted or did not move."""
+    """Replay the step's micro-batches of this rank, with its draws and its scale, until something is not finite. The weights are those of
+    the next step by now, which only coasted or did not move."""
     if is_sharded(trainer.update.parallel):
         return None  # one rank alone cannot run a sharded model
-    clock: Any = trainer.model.clock
-    scale = trainer.update.loss_scale
-    before = clock.state_dict()
+    model: Any = trainer.model
+    clock = model.clock
+    before, step = clock.state_dict(), model.step
     try:
+        model.step = made.step - 1
         for number, batch in enumerate(made.batches):
             clock.batch_count = made.batch_count
-            clock.seed(trainer.seed, made.step - 1, number * distributed.world_size() + distributed.rank())
+            clock.seed(*draws_of(trainer.seed, number, made.step - 1))
 
             def run(batch: Any = batch) -> Any:
                 with autocast(trainer.update.dtype, trainer.device):
-                    loss = trainer.model(batch.to(trainer.device)).loss
-                # the scale was halved after the step
-                return loss if scale is None else loss * (2 * scale.scale)
+                    loss = model(batch.to(trainer.device)).loss
+                return loss if made.loss_scale is None else loss * made.loss_scale
 
-            if (name := find_nonfinite(trainer.model, run)) is not None:
+            if (name := find_nonfinite(model, run)) is not None:
                 return name
     except Exception as error:  # no memory for the gradients a second time, for one: telling where is worth no more than the run
         return f"(not found: {error})"
     finally:
         clock.load_state_dict(before)
+        model.step = step
     return None
 
 
@@ -99,7 +113,9 @@ def _roll_back(trainer: Trainer, verdict: Verdict) -> None:
         # dropped steps leave no harm in the weights, so any checkpoint is better than none
         path = trainer.checkpoints.latest(before=first_bad) or trainer.checkpoints.latest()
     path = distributed.broadcast_object(path)
-    content = load_checkpoint(path)
+    if path is None:
+        raise DivergedError(f"training diverged at step {first_bad}, and there is no checkpoint in {trainer.folder} to go back to")
+    content = open_checkpoint(path)  # its records were compared on rank 0
     load_checkpoint_content(trainer, content)
     trainer.position, trainer.progress.epoch, trainer.progress.epoch_updates = position, epoch, updates
     trainer.guard.rolled_back()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +94,11 @@ def load_checkpoint_content(trainer: Trainer, content: Mapping[str, Any]) -> Non
         trainer.model.load_state_dict(content["model"])
         trainer.optimizer.load_state_dict(content["optimizer"])
     _load_common(trainer, content)
-    ranks = content["ranks"]
-    state = ranks[min(distributed.rank(), len(ranks) - 1)]
-    if len(ranks) != distributed.world_size():  # sums since the last line of the log are nobody's now
-        state = {**state, "metrics": trainer.update.metrics.state_dict()}
+    ranks, rank, world_size = content["ranks"], distributed.rank(), distributed.world_size()
+    state = ranks[min(rank, len(ranks) - 1)]
+    if len(ranks) != world_size:
+        # sums since the last line of the log are nobody's now; the utterances of ranks that are gone go to those that are there
+        state = {**state, "metrics": trainer.update.metrics.state_dict(), "ids": _joined_ids(ranks[rank::world_size])}
     _load_rank_state(trainer, state)
 
 
@@ -147,10 +148,24 @@ def _load_common(trainer: Trainer, state: Mapping[str, Any]) -> None:
 
 def _rank_state(trainer: Trainer) -> dict[str, Any]:
     clock: Any = trainer.model.clock
-    state = {"clock": clock.state_dict(), "metrics": trainer.update.metrics.state_dict(), "generator": torch.get_rng_state()}
+    state = {
+        "clock": clock.state_dict(),
+        "metrics": trainer.update.metrics.state_dict(),
+        "generator": torch.get_rng_state(),
+        "ids": trainer.guard.ids(),
+    }
     if trainer.device.type == "cuda":
         state["cuda_generator"] = torch.cuda.get_rng_state(trainer.device)
     return state
+
+
+def _joined_ids(ranks: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Of several ranks' states, the utterances by step."""
+    joined: dict[int, list[str]] = {}
+    for state in ranks:
+        for step, ids in state.get("ids", {}).items():
+            joined.setdefault(step, []).extend(ids)
+    return joined
 
 
 def _load_rank_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -158,5 +173,7 @@ def _load_rank_state(trainer: Trainer, state: Mapping[str, Any]) -> None:
     clock.load_state_dict(state["clock"])
     trainer.update.metrics.load_state_dict(state["metrics"])
     torch.set_rng_state(state["generator"])
+    if "ids" in state:  # not in the first checkpoints of this format
+        trainer.guard.load_ids(state["ids"])
     if trainer.device.type == "cuda" and "cuda_generator" in state:
         torch.cuda.set_rng_state(state["cuda_generator"], trainer.device)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from k2ssl import distributed
 from k2ssl.optim.schedules import LearningRateSchedule
 from k2ssl.train.averaging import RunningAverage
-from k2ssl.train.checkpoint import CheckpointFolder, KeepConfig, load_checkpoint
+from k2ssl.train.checkpoint import CheckpointFolder, KeepConfig, check_records, open_checkpoint
 from k2ssl.train.contract import Batch, Evaluation, Loader, Made
 from k2ssl.train.guard import Guard, GuardConfig, Verdict
 from k2ssl.train.ledger import Ledger, Status
@@ -34,7 +34,7 @@ from k2ssl.train.meter import Meter
 from k2ssl.train.metrics import MetricSums
 from k2ssl.train.plan import BatchConfig, BatchPlan
 from k2ssl.train.precision import Precision, choose_precision
-from k2ssl.train.recovery import handle
+from k2ssl.train.recovery import handle, prepare_folder
 from k2ssl.train.sharding import full_state, is_sharded
 from k2ssl.train.state import Progress, checkpoint_content, load_checkpoint_content, load_local_state, local_state
 from k2ssl.train.stop import StopRequest
@@ -157,7 +157,7 @@ class Trainer:
         self.stopping = False  # a signal came
         self.recent: list[Made] = []  # the last two updates, to look into when one of them turns out bad
         self._meter = Meter(self.progress.step)
-        self._validated, self._saved = -1, -1  # the last steps that were
+        self._validated, self._saved, self._resumed = -1, -1, -1  # the last steps that were
 
     def fit(self, loader: Loader, valid_loader: Iterable[Batch] | None = None) -> bool:
         """Train to the end.
@@ -178,6 +178,8 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 self._run(loader, valid_loader, stop)
+                if self.checkpoints is not None:
+                    self.checkpoints.wait()
             status = "interrupted" if self.stopping else "done"
         finally:
             try:
@@ -195,8 +197,9 @@ class Trainer:
         progress.batch_count += self.plan.count_per_step
         # upstream counts the present step too: at a rate that rises from 0, the first step is not lost
         self.schedule.advance(progress.step + 1, progress.epoch)
+        scale = None if self.update.loss_scale is None else self.update.loss_scale.scale  # that of this step: the update replaces it
         self.update(batches, Moment(self.seed, progress.step, progress.batch_count), self.guard)
-        self.recent = [*self.recent[-1:], Made(progress.step + 1, progress.batch_count, tuple(batches))]
+        self.recent = [*self.recent[-1:], Made(progress.step + 1, progress.batch_count, tuple(batches), scale)]
         progress.step += 1
         progress.epoch_updates += 1
         self._meter.samples += sum(batch.num_samples for batch in batches)
@@ -220,8 +223,8 @@ class Trainer:
         if self.ledger is not None:
             self.ledger.write()
 
-    def resume(self, path: Path, loader: Loader) -> list[str]:
-        """Go on from a checkpoint, exactly where its run was if ranks and batches are the same.
+    def resume(self, path: Path, loader: Loader, checked: bool = False) -> list[str]:
+        """Go on from a checkpoint, exactly where its run was if ranks and batches are the same. `checked`: its records were compared.
 
         Returns:
             What has changed since, one line each.
@@ -229,26 +232,24 @@ class Trainer:
         Raises:
             ValueError: the checkpoint cannot be read, or is of another model, optimizer or loader; names what differs.
         """
-        content = load_checkpoint(path)
+        if not checked:
+            check_records(path)
+        content = open_checkpoint(path)
         try:
             load_checkpoint_content(self, content)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{path}: this run cannot go on from it: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if self.checkpoints is not None:
-            self.checkpoints.drop_after(self.progress.step)  # an earlier checkpoint was asked for: the later ones are not to come back
         self.position = content["loader"]
-        if self.position is None or self.plan.same_batches(content["plan"]):
-            if self.position is not None:
-                loader.load_state_dict(self.position)
-        else:
+        if self.position is not None and self.plan.same_batches(content["plan"]):
+            loader.load_state_dict(self.position)
+        elif self.position is not None:
             # the same audio lies behind us, in updates of another size perhaps
-            self.progress.epoch_updates = round(
-                self.progress.epoch_updates * content["plan"]["seconds_per_update"] / self.plan.seconds_per_update
-            )
+            before = content["plan"]["seconds_per_update"] * self.progress.epoch_updates
+            self.progress.epoch_updates = round(before / self.plan.seconds_per_update)
             loader.start_at(self.progress.epoch, self.progress.epoch_updates * self.plan.accumulation)
-        self._validated = self._saved = self.progress.step
+        self._validated = self._saved = self._resumed = self.progress.step
         return self.plan.changes(content["plan"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,8 +264,7 @@ class Trainer:
     # --- the loop ------------------------------------------------------------------------------------------------------------------------
 
     def _run(self, loader: Loader, valid_loader: Iterable[Batch] | None, stop: StopRequest) -> None:
-        if self.progress.step == 0:
-            self.save()  # what a roll-back in the first steps goes back to
+        prepare_folder(self, resumed=self._resumed == self.progress.step)
         self._meter = Meter(self.progress.step)
         while not self._is_over():
             loader.set_epoch(self.progress.epoch)
@@ -275,7 +275,8 @@ class Trainer:
                 if self._is_over():
                     break
             if self.stopping:
-                self.save()
+                if self._saved != self.progress.step:
+                    self.save()
                 return
             if self._is_over():
                 break
@@ -318,10 +319,11 @@ class Trainer:
             handle(self, verdict)
         if verdict.action != "continue":
             return  # rolled back: the step is another one now
-        score = None
+        score, saves = None, step % config.keep.save_every == 0
         if valid_loader is not None and config.valid_every and step % config.valid_every == 0:
             score = self._validate_and_log(valid_loader)
-        if step % config.keep.save_every == 0:
+            saves = saves or distributed.broadcast_object(self.checkpoints is not None and self.checkpoints.is_among_best(score))
+        if saves:
             self.save(score)
 
     def _log_step(self) -> Verdict:

@@ -53,8 +53,7 @@ class Update:
     size relative to the summed loss that it was made for, and lets the divisor be the number of targets of the *whole* update, which is
     only known at its end.
 
-    Randomness hangs on the number of a micro-batch within the update, counted over ranks: one process that accumulates two micro-batches
-    draws what two processes draw.
+    What a micro-batch draws is told by `draws_of`.
 
     Args:
         model: see `k2ssl.batch`; it has a `clock` and `check_batch`, and may have `frozen_parameters()`, which do not learn in this step.
@@ -101,7 +100,7 @@ class Update:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         num_targets = torch.zeros_like(loss)
         for number, batch in enumerate(batches):
-            clock.seed(moment.seed, moment.step, number * distributed.world_size() + distributed.rank())
+            clock.seed(*draws_of(moment.seed, number, moment.step))
             output = self._forward_backward(batch, is_last=number == len(batches) - 1)
             loss += output.loss.detach()
             num_targets += output.num_targets
@@ -148,6 +147,16 @@ class Update:
         if self.loss_scale is not None:
             factor = factor / self.loss_scale.scale
         torch._foreach_mul_(grads, factor.to(torch.float32))
+
+
+def draws_of(seed: int, number: int, step: int | None = None) -> tuple[int, ...]:
+    """What the model's clock is seeded with for this rank's micro-batch `number`: of the update after `step` steps, or of a validation.
+
+    It is the place of the micro-batch counted over ranks that matters: one process that accumulates two of them draws what two processes
+    draw. Validation has one part less: none of training's draws is repeated, and all validations draw the same.
+    """
+    place = number * distributed.world_size() + distributed.rank()
+    return (seed, place) if step is None else (seed, step, place)
 
 
 def parallelise(model: nn.Module, device: torch.device, sharding: Sharding, units: Sequence[nn.Module] = ()) -> nn.Module:

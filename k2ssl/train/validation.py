@@ -12,6 +12,7 @@ from k2ssl import distributed
 from k2ssl.train.metrics import MetricSums
 from k2ssl.train.precision import autocast
 from k2ssl.train.sharding import is_sharded
+from k2ssl.train.update import draws_of
 
 if TYPE_CHECKING:
     from k2ssl.train.contract import Batch
@@ -35,8 +36,7 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
     try:
         with _averaged(trainer):
             for number, batch in enumerate(loader):
-                # two parts, where training has three: none of its draws is repeated
-                clock.seed(trainer.seed, number * distributed.world_size() + distributed.rank())  # type: ignore[operator, union-attr]
+                clock.seed(*draws_of(trainer.seed, number))  # type: ignore[operator, union-attr]
                 model.check_batch(batch)  # type: ignore[operator]
                 moved = batch.to(trainer.device)
                 with autocast(trainer.update.dtype, trainer.device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from k2ssl.bin import pretrain
+from k2ssl.bin import pretrain, training_run
 from k2ssl.bin.pretrain_remarks import settings_without_effect
 from k2ssl.bin.program import run_program
+from k2ssl.bin.run_folder import alone_in
 from k2ssl.config import load
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.models.load import load_model
@@ -205,8 +207,7 @@ def test_too_little_memory_or_disk_is_said_before_training(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 10**12 - 10**6, 10**6))
     line = refused(sounds.command(tmp_path / "disk", *ONE_STEP, "--trainer.keep.keep-last", "3"))
     assert "checkpoints of 0.5 MiB each will take" in line and "1.0 MiB are free; lower trainer.keep.keep_last" in line
-    for name in ("memory", "disk"):
-        assert not list((tmp_path / name / "checkpoints").iterdir()) and not (tmp_path / name / "settings.json").exists()
+    assert list(tmp_path.iterdir()) == []  # not even a folder is left
 
 
 @pytest.mark.parametrize(
@@ -297,3 +298,38 @@ def test_validation_without_sharding_sees_every_utterance_once(sounds: Any, tmp_
     assert not run.valid_loader.sampling.drop_incomplete
     together = data.valid_loader(run.trainer.plan, 16000, torch.device("cpu"), drop_incomplete=True)
     assert together.sampling.drop_incomplete and run.train_loader.sampling.drop_incomplete
+
+
+def test_nobody_looks_for_checkpoints_in_a_folder_where_another_process_trains(
+    sounds: Any, refused: Refused, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_run, "find_start", lambda *arguments: pytest.fail("looked"))
+    before = contents(finished)
+    with alone_in(finished):
+        assert "another process works in this folder" in refused(sounds.command(finished, *ONE_STEP))
+    assert contents(finished) == before
+
+
+def test_a_start_reads_a_checkpoint_once(sounds: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, mapped = [], []
+    testzip, load_file = zipfile.ZipFile.testzip, torch.load
+
+    def compare(records: zipfile.ZipFile) -> str | None:
+        compared.append(records)
+        return testzip(records)
+
+    def read(path: Path, **options: Any) -> Any:
+        mapped.append(options.get("mmap"))
+        return load_file(path, **options)
+
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(Trainer, "fit", lambda *arguments: True)  # writes nothing, reads nothing back
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", compare)
+    monkeypatch.setattr(torch, "load", read)
+    again = sounds.command(tmp_path / "run", *ONE_STEP)
+    elsewhere = sounds.command(tmp_path / "new", *ONE_STEP, "--resume", str(finished / "checkpoints/step-000000001.pt"))
+    for command in (again, elsewhere):
+        compared.clear()
+        mapped.clear()
+        assert pretrain.main(command) == 0
+        assert len(compared) == 1 and mapped and all(mapped)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchaudio.compliance import kaldi
 
-from k2ssl.labelling.features import FeatureFunction, HiddenFeatures, MfccConfig, MfccFeatures, hidden_features
+from k2ssl.labelling.features import FeatureFunction, HiddenFeatures, MfccConfig, MfccFeatures
 from k2ssl.labelling.windows import normalized, windowed
 from k2ssl.models.hubert import HubertConfig, HubertModel
 
@@ -147,7 +147,7 @@ def _limited_encoder(context: int, dim: int = 6, receptive_field: int = 400, str
     def num_frames(samples: int) -> int:
         return max(0, (samples - receptive_field) // stride + 1)
 
-    return hidden_features(encode, dim=dim, sample_rate=16000, stride=stride, num_frames=num_frames, description={"features": "layer 2"})
+    return HiddenFeatures(encode, dim=dim, sample_rate=16000, stride=stride, num_frames=num_frames, description={"features": "layer 2"})
 
 
 def test_hidden_features_keep_short_utterances_from_the_encoder() -> None:
@@ -160,7 +160,7 @@ def test_hidden_features_keep_short_utterances_from_the_encoder() -> None:
 
 
 def test_frames_of_another_count_than_announced_are_refused() -> None:
-    function = hidden_features(
+    function = HiddenFeatures(
         lambda a, n: a.new_zeros(1, 3, 4), dim=4, sample_rate=16000, stride=320, num_frames=lambda n: 2, description={}
     )
     with pytest.raises(ValueError, match=r"gave frames of shape \(1, 3, 4\), \(1, 2, 4\) was announced"):
@@ -202,7 +202,7 @@ def test_each_half_of_an_overlap_comes_from_its_own_window() -> None:
         calls.append(len(calls))
         return torch.full((1, audio.shape[1] // 10, 1), float(calls[-1]))
 
-    function = hidden_features(encode, dim=1, sample_rate=1000, stride=10, num_frames=lambda samples: samples // 10, description={})
+    function = HiddenFeatures(encode, dim=1, sample_rate=1000, stride=10, num_frames=lambda samples: samples // 10, description={})
     frames, _ = windowed(function, 1.0, 0.2)(torch.zeros(1, 1800), torch.tensor([1800]))
     assert frames.flatten().tolist() == [0.0] * 90 + [1.0] * 90  # windows of 100 frames from 0 and 80, which share 20
 
@@ -217,7 +217,7 @@ def test_windows_that_leave_gaps_are_refused() -> None:
 
 
 def test_windows_of_a_function_that_counts_frames_otherwise_are_refused() -> None:
-    function = hidden_features(
+    function = HiddenFeatures(
         lambda a, n: a.new_zeros(1, a.shape[1] // 300, 1),
         dim=1,
         sample_rate=1000,
@@ -251,7 +251,7 @@ def test_layers_and_stacks_of_a_model_are_features(kind: str) -> None:
     audio, lens = _speechlike(3, 24000), torch.tensor([24000, 9000, 100])
     expected = encode(audio[:2], lens[:2])
     frontend = model.frontend
-    function = hidden_features(
+    function = HiddenFeatures(
         encode,
         dim=expected.shape[2],
         sample_rate=frontend.sample_rate,

@@ -574,6 +574,30 @@ def test_a_score_goes_with_its_checkpoint(tmp_path: Path) -> None:
     assert steps(tmp_path) == [3, 4]
 
 
+def test_the_best_are_known_before_they_are_written(tmp_path: Path, hold_writing: threading.Event) -> None:
+    folder = CheckpointFolder(tmp_path, KeepConfig(save_every=1, keep_last=1, keep_best=2))
+    assert folder.is_among_best(9.0) and not folder.is_among_best(math.nan) and not folder.is_among_best(math.inf)
+    folder.save(1, {}, 0.5)
+    hold_writing.set()
+    assert folder.is_among_best(9.0)
+    folder.save(2, {}, 0.7)
+    assert folder.is_among_best(0.6) and not folder.is_among_best(0.7) and not folder.is_among_best(math.nan)
+    folder.save(3, {})
+    assert not folder.is_among_best(0.8)
+    assert not CheckpointFolder(tmp_path, KeepConfig(save_every=1, keep_best=0)).is_among_best(0.1)
+
+
+def test_what_was_opened_does_not_change_with_its_file_nor_the_file_with_it(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, KeepConfig(save_every=1, keep_last=1, keep_best=0), background=False)
+    path = folder.save(1, {"w": torch.arange(5000.0), "v": torch.ones(5000)})
+    opened = module.open_checkpoint(path)
+    opened["v"].add_(1)
+    assert load_checkpoint(path)["v"].sum() == 5000 and opened["v"].sum() == 10000
+    folder.save(1, {"w": torch.zeros(5000)})  # replaces it
+    folder.save(2, {})  # removes it
+    assert not path.exists() and torch.equal(opened["w"], torch.arange(5000.0))
+
+
 def test_a_later_checkpoint_is_not_overtaken_unless_it_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = saved(tmp_path, 1, 2, 3)
     folder = CheckpointFolder(tmp_path, ALL)

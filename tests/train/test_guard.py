@@ -279,6 +279,22 @@ def test_a_saved_guard_continues_equally(stop: int) -> None:
     assert str(one.state_dict()) == str(two.state_dict())
 
 
+def test_only_the_ids_of_a_state_are_a_ranks_own() -> None:
+    ranks = [make(max_skipped=9), make(max_skipped=9)]
+    for number, guard in enumerate(ranks):
+        for step, norm in ((3, math.nan), (4, 1.0), (5, math.nan)):
+            guard.judge(torch.tensor(1.0), torch.tensor(norm))
+            guard.poll(step, [f"{number}-{step}"])
+    assert ranks[1].ids() == {3: ["1-3"], 5: ["1-5"]}  # step 5 is not looked at yet
+    resumed = make(max_skipped=9)
+    resumed.load_state_dict(ranks[0].state_dict())
+    resumed.load_ids(ranks[1].ids())
+    assert str(resumed.state_dict()) == str(ranks[1].state_dict())
+    assert resumed.flush().incidents[0].ids == ("1-5",) and resumed.recent[0].ids == ("1-3",)
+    resumed.load_ids({})
+    assert [incident.ids for incident in resumed.recent] == [(), ()] and resumed.ids() == {3: [], 5: []}
+
+
 def test_a_loaded_state_is_a_copy() -> None:
     one, two = make(), make()
     feed(one, [1.0] * 30)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from k2ssl.optim.build import OptimConfig
 from k2ssl.train.checkpoint import KeepConfig, load_checkpoint
-from k2ssl.train.guard import Guard, GuardConfig
+from k2ssl.train.guard import Guard
 from k2ssl.train.loss_scale import LossScale
-from k2ssl.train.recovery import DivergedError
-from k2ssl.train.update import Moment
+from k2ssl.train.state import load_checkpoint_content
+from k2ssl.train.update import Moment, draws_of
 
 Curve = Callable[..., list[tuple[float, ...]]]
 
@@ -106,18 +108,6 @@ def test_validation_with_averaged_weights_uses_them_and_puts_the_present_ones_ba
     assert not differing(present, trainer.model.state_dict())
 
 
-def test_one_poisoned_batch_is_skipped_and_written_down(toy: Any, curve: Curve, tmp_path: Path) -> None:
-    trainer = toy.make_trainer(tmp_path, toy.make_config(8))
-    assert trainer.fit(toy.ToyLoader(poisoned=(5,)))
-    (incident,) = (json.loads(path.read_text()) for path in (tmp_path / "incidents").iterdir())
-    assert (incident["step"], incident["kind"], incident["rollbacks"]) == (3, "non_finite_loss", 0)
-    (found,) = incident["ranks"]
-    assert found["ids"] == [f"utterance-0-{number}-{i}" for number in (4, 5) for i in range(2)]
-    assert found["first_non_finite"].startswith("input"), found
-    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
-    assert trainer.guard.rollbacks == 0 and [step for step, *_ in curve(tmp_path)] == list(range(1, 9))
-
-
 def test_adamw_is_left_as_it_was_by_a_poisoned_batch(toy: Any) -> None:
     trainer = toy.make_trainer(None, toy.make_config(8), optim=OptimConfig(name="adamw", lr=1e-3))
     loader = toy.ToyLoader(poisoned=(2,))
@@ -129,85 +119,6 @@ def test_adamw_is_left_as_it_was_by_a_poisoned_batch(toy: Any) -> None:
     assert not differing(list(before), list(after))
     trainer.train_step(batches[4:6])
     assert differing(list(before), [trainer.model.state_dict(), trainer.optimizer.state_dict()["state"]])
-
-
-def test_a_stretch_of_bad_batches_is_left_behind_by_a_roll_back_at_a_lower_rate(toy: Any, curve: Curve, tmp_path: Path) -> None:
-    config = toy.make_config(12, keep=KeepConfig(save_every=4), guard=GuardConfig(max_skipped=2, lr_factor=0.5))
-    trainer = toy.make_trainer(tmp_path, config)
-    loader = toy.ToyLoader(num_batches=100, poisoned=(12, 14))  # steps 7 and 8
-    assert trainer.fit(loader)
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if '"event"' in line]
-    assert [event["text"].split(",")[0] for event in events][-1] == "rolled back to step 4"
-    assert trainer.guard.rollbacks == 1 and trainer.progress.step == 12
-    # the data goes on: no batch twice
-    assert loader.handed_out == [(0, number) for number in range(len(loader.handed_out))]
-    assert [step for step, *_ in curve(tmp_path)] == list(range(1, 13))
-    # Eden with warm-up over 10 batches, at half the base rate
-    rates = dict(curve(tmp_path, "lr"))
-    eden = lambda b: (1 + (b / 100) ** 2) ** -0.25 * min(b / 10, 1)  # noqa: E731
-    assert rates[3] == pytest.approx(0.045 * eden(3)) and rates[12] == pytest.approx(0.5 * 0.045 * eden(12))
-    saved = load_checkpoint(trainer.checkpoints.latest())
-    assert saved["guard"]["rollbacks"] == 1
-
-
-def test_a_persistent_fault_ends_the_run_after_so_many_roll_backs(toy: Any, tmp_path: Path) -> None:
-    config = toy.make_config(30, keep=KeepConfig(save_every=2), guard=GuardConfig(max_skipped=2, max_rollbacks=2))
-    trainer = toy.make_trainer(tmp_path, config)
-    with pytest.raises(DivergedError, match=r"after 2 roll-backs, max_rollbacks is 2; see .*incidents"):
-        trainer.fit(toy.ToyLoader(num_batches=200, poisoned=tuple(range(8, 200))))
-    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
-    assert '"failed"' in (tmp_path / "ledger.jsonl").read_text().splitlines()[-1]
-    assert len(list((tmp_path / "incidents").iterdir())) >= 3
-
-
-def test_a_roll_back_survives_a_restart(toy: Any, tmp_path: Path) -> None:
-    config = toy.make_config(10, keep=KeepConfig(save_every=4), guard=GuardConfig(max_skipped=2))
-    trainer = toy.make_trainer(tmp_path, config)
-    trainer.fit(toy.ToyLoader(num_batches=100, poisoned=(12, 14)))
-    again = toy.make_trainer(tmp_path, toy.make_config(12, guard=GuardConfig(max_skipped=2)))
-    loader = toy.ToyLoader(num_batches=100)
-    again.resume(again.checkpoints.latest(), loader)
-    assert again.guard.rollbacks == 1
-    again.fit(loader)
-    assert again.optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.0225)
-
-
-def test_two_roll_backs_lower_the_rate_twice(toy: Any, tmp_path: Path) -> None:
-    config = toy.make_config(14, keep=KeepConfig(save_every=4), guard=GuardConfig(max_skipped=2))
-    trainer = toy.make_trainer(tmp_path, config)
-    assert trainer.fit(toy.ToyLoader(num_batches=100, poisoned=(12, 14, 30, 32)))
-    assert trainer.guard.rollbacks == 2
-    assert trainer.optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.045 / 4)
-
-
-def test_a_collapse_of_the_predicted_codes_rolls_back_and_keeps_the_checkpoints_before_it(
-    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("k2ssl.train.guard._WINDOW", 5)
-    config = toy.make_config(20, keep=KeepConfig(save_every=4, keep_last=9), guard=GuardConfig(max_skipped=4))
-    trainer = toy.make_trainer(tmp_path, config)
-    reduce = trainer.update.metrics.reduce
-    seen: list[int] = []
-
-    def collapsed_once() -> dict[str, float]:
-        seen.append(trainer.progress.step)
-        perplexity = {1: 1.5, 14: 0.1}.get(len(seen), 4.0)  # learnt, then gone at the fourteenth line
-        return {**reduce(), "perplexity_predicted": perplexity}
-
-    monkeypatch.setattr(trainer.update.metrics, "reduce", collapsed_once)
-    assert trainer.fit(toy.ToyLoader(num_batches=200, poisoned=(4,)))  # step 3 is long forgotten at step 14
-    assert trainer.guard.rollbacks == 1
-    assert seen[13] == 14 and "rolled back to step 12" in (tmp_path / "metrics.jsonl").read_text()
-    assert [path.name for path in trainer.checkpoints.paths()] == [f"step-{step:09d}.pt" for step in range(0, 21, 4)]
-    (collapse,) = [path for path in (tmp_path / "incidents").iterdir() if "collapsed_codes" in path.name]
-    assert json.loads(collapse.read_text())["value"] == 0.1
-
-
-def test_looking_into_a_bad_step_does_not_change_what_comes_after(toy: Any, curve: Curve, tmp_path: Path, monkeypatch: Any) -> None:
-    toy.make_trainer(tmp_path / "with", toy.make_config(6)).fit(toy.ToyLoader(poisoned=(3,)))
-    monkeypatch.setattr("k2ssl.train.recovery._first_broken_module", lambda trainer, made: None)
-    toy.make_trainer(tmp_path / "without", toy.make_config(6)).fit(toy.ToyLoader(poisoned=(3,)))
-    assert curve(tmp_path / "with") == curve(tmp_path / "without")
 
 
 def test_sums_between_two_lines_of_the_log_survive_a_restart(toy: Any, curve: Curve, tmp_path: Path) -> None:
@@ -351,3 +262,108 @@ def test_the_golden_loss_curve_of_thirty_steps_is_kept(toy: Any, curve: Curve, t
     measured = torch.tensor([loss for _, loss, _ in once], dtype=torch.float64)
     agreement.relative("30 steps of Zipformer tiny: loss", measured, torch.tensor(recorded["loss"], dtype=torch.float64), 1e-4)
     assert once[-1][1] < once[0][1] / 2 and math.isfinite(once[-1][1])
+
+
+@pytest.mark.parametrize("name", ["scaled_adam", "adamw"])
+def test_a_run_may_go_on_from_a_checkpoint_that_is_removed_meanwhile(toy: Any, tmp_path: Path, name: Any) -> None:
+    keep, optim = KeepConfig(save_every=1, keep_last=1, keep_best=0), OptimConfig(name=name, lr=1e-3)
+    toy.make_trainer(tmp_path / "whole", toy.make_config(5, keep=keep), optim=optim).fit(toy.ToyLoader())
+    toy.make_trainer(tmp_path / "halves", toy.make_config(2, keep=keep), optim=optim).fit(toy.ToyLoader())
+    second, loader = toy.make_trainer(tmp_path / "halves", toy.make_config(5, keep=keep), optim=optim), toy.ToyLoader()
+    second.resume(second.checkpoints.latest(), loader)
+    assert second.fit(loader)
+    ends = [load_checkpoint(tmp_path / folder / "checkpoints/step-000000005.pt") for folder in ("whole", "halves")]
+    assert not differing(*ends)
+    assert len(second.checkpoints.paths()) == 1
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(toy: Any, tmp_path: Path) -> None:
+    toy.make_trainer(tmp_path, toy.make_config(1)).fit(toy.ToyLoader())
+    path = tmp_path / "checkpoints/step-000000001.pt"
+    whole = path.read_bytes()
+    weights = max(load_checkpoint(path)["model"].values(), key=torch.Tensor.numel).numpy().tobytes()
+    assert weights in whole
+    path.write_bytes(whole.replace(weights, b"x" + weights[1:], 1))
+    with pytest.raises(ValueError, match=r"step-000000001\.pt: damaged"):
+        toy.make_trainer(None, toy.make_config(1)).resume(path, toy.ToyLoader())
+
+
+def test_micro_batches_draw_by_their_place_among_all_ranks_and_validation_never_draws_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(rank: int, world_size: int, numbers: int, *step: int) -> list[tuple[int, ...]]:
+        monkeypatch.setattr("k2ssl.distributed.rank", lambda: rank)
+        monkeypatch.setattr("k2ssl.distributed.world_size", lambda: world_size)
+        return [draws_of(7, number, *step) for number in range(numbers)]
+
+    alone = drawn(0, 1, 6, 3)
+    assert alone == [(7, 3, place) for place in range(6)]
+    assert sorted(drawn(0, 2, 3, 3) + drawn(1, 2, 3, 3)) == alone
+    assert not {*drawn(0, 1, 6, 0), *alone} & {*drawn(0, 2, 3), *drawn(1, 2, 3)}
+
+
+def test_who_validates_more_often_than_it_saves_has_the_best_all_the_same(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy.make_config(11, valid_every=2, keep=KeepConfig(save_every=5, keep_last=1, keep_best=1))
+    trainer = toy.make_trainer(tmp_path, config)
+    losses = {2: 0.9, 4: 0.5, 6: 0.7, 8: 0.3, 10: 0.4, 11: math.nan}
+    monkeypatch.setattr(trainer, "validate", lambda loader: {"loss": losses[trainer.progress.step]})
+    written, save = [], trainer.checkpoints.save
+
+    def noted(step: int, content: Any, score: float | None = None) -> Path:
+        trainer.checkpoints.wait()
+        assert len(trainer.checkpoints.paths()) <= 2  # as the disk was checked for
+        written.append((step, score))
+        return save(step, content, score)
+
+    monkeypatch.setattr(trainer.checkpoints, "save", noted)
+    assert trainer.fit(toy.ToyLoader(num_batches=100), [toy.batch(100)])
+    assert [(step, score) for step, score in written[:-1]] == [(0, None), (2, 0.9), (4, 0.5), (5, None), (8, 0.3), (10, 0.4)]
+    assert [path.name for path in trainer.checkpoints.paths()] == ["step-000000008.pt", "step-000000011.pt"]
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = toy.make_trainer(tmp_path, toy.make_config(2))
+
+    def full(path: Path, *arguments: Any) -> None:
+        if "000002" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("k2ssl.train.checkpoint.save_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(toy.ToyLoader())
+    assert json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[-1])["status"] == "failed"
+
+
+@pytest.mark.parametrize(("last", "written"), [(4, [0, 2, 4]), (3, [0, 2, 3])])
+def test_who_is_stopped_right_after_a_checkpoint_does_not_write_it_again(toy: Any, tmp_path: Path, last: int, written: list[int]) -> None:
+    trainer = toy.make_trainer(tmp_path, toy.make_config(9, keep=KeepConfig(save_every=2, keep_last=9)))
+    loader = toy.ToyLoader(num_batches=8)  # four updates: the stop may come between two epochs
+    saved, save, train_step = [], trainer.checkpoints.save, trainer.train_step
+
+    def noted(step: int, *arguments: Any) -> Path:
+        saved.append(step)
+        return save(step, *arguments)
+
+    def stop_after(batches: Any) -> None:
+        train_step(batches)
+        if trainer.progress.step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.checkpoints.save, trainer.train_step = noted, stop_after
+    assert not trainer.fit(loader)
+    assert saved == written
+    again = toy.make_trainer(tmp_path, toy.make_config(9))
+    again.resume(again.checkpoints.latest(), loader := toy.ToyLoader(num_batches=8))
+    again.fit(loader)
+    assert loader.handed_out[0] == ((0, 6) if last == 3 else (1, 0)) and again.progress.step == 9
+
+
+def test_utterances_of_ranks_that_are_gone_go_to_those_that_are_there(toy: Any, tmp_path: Path) -> None:
+    toy.make_trainer(tmp_path, toy.make_config(2)).fit(toy.ToyLoader(poisoned=(2,)))
+    path = tmp_path / "checkpoints/step-000000002.pt"
+    content = load_checkpoint(path)
+    (rank,) = content["ranks"]
+    assert rank["ids"] == {2: ["utterance-0-2-0", "utterance-0-2-1", "utterance-0-3-0", "utterance-0-3-1"]}
+    trainer = toy.make_trainer(None, toy.make_config(2))
+    load_checkpoint_content(trainer, {**content, "ranks": [{**rank, "ids": {2: ["a"]}}, {**rank, "ids": {2: ["b"], 9: ["c"]}}]})
+    assert trainer.guard.ids() == {2: ["a", "b"]}

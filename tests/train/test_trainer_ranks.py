@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,16 +111,36 @@ def test_loaders_of_different_length_cannot_dead_lock(curve: Curve, tmp_path: Pa
     assert [epoch for _, epoch in curve(tmp_path, "epoch")] == [0, 0, 1, 1, 2, 2]
 
 
-def test_all_ranks_agree_about_a_batch_that_is_bad_on_one(straight: Path, curve: Curve, tmp_path: Path) -> None:
-    done = run(tmp_path, "--steps", "6", "--poisoned", "3")  # number 3 is read by rank 1, in step 2
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of two ranks, of which rank 1 reads something bad in step 2."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    done = run(folder, "--steps", "3", "--save-every", "2", "--poisoned", "3")
     assert done.returncode == 0, done.stderr
-    (path,) = (tmp_path / "incidents").iterdir()
+    return folder
+
+
+def test_all_ranks_agree_about_a_batch_that_is_bad_on_one(straight: Path, poisoned: Path, curve: Curve) -> None:
+    (path,) = (poisoned / "incidents").iterdir()
     incident = json.loads(path.read_text())
     assert incident["step"] == 2 and [bool(entry["first_non_finite"]) for entry in incident["ranks"]] == [False, True]
     assert incident["ranks"][1]["ids"] == ["utterance-0-3-0", "utterance-0-3-1"]
-    weights = [torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
+    weights = [torch.load(poisoned / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(torch.equal(a, b) and torch.isfinite(a).all() for a, b in zip(*weights, strict=True))
-    assert curve(tmp_path)[0] == curve(straight)[0]
+    assert curve(poisoned)[0] == curve(straight)[0]
+
+
+def test_an_incident_before_an_interruption_is_told_with_every_ranks_own_utterances(poisoned: Path, tmp_path: Path) -> None:
+    shutil.copytree(poisoned, tmp_path, dirs_exist_ok=True)
+    (path,) = (tmp_path / "incidents").iterdir()
+    before = json.loads(path.read_text())
+    path.unlink()
+    (tmp_path / "checkpoints/step-000000003.pt").unlink()  # what is known of step 2 is not yet looked at in the one at step 2
+    done = run(tmp_path, "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    after = json.loads(path.read_text())
+    assert [entry["ids"] for entry in after["ranks"]] == [[f"utterance-0-{number}-{i}" for i in range(2)] for number in (2, 3)]
+    assert after["step"] == before["step"] == 2 and after["batch_count"] == before["batch_count"]
 
 
 def test_all_ranks_roll_back_together(tmp_path: Path) -> None:
