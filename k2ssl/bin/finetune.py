@@ -4,14 +4,16 @@
         --init exp/base/checkpoints/step-000400000.pt --init-weights average --output exp/ctc
     torchrun --nproc-per-node 8 -m k2ssl.bin.finetune conf/ctc_letters.toml ...
 
-The defaults are the published flags of Zipformer Base. Without --init the encoder begins with drawn weights. With --data.valid-cuts validation
-tells the word error rate of each head by greedy search, and the best checkpoints are those with the lowest one (the transducer's, if there are
-two). The same command goes on where it was interrupted, exactly; OUTPUT is as for k2ssl.bin.pretrain, and every checkpoint holds the tokenizer.
+The defaults of the model are the published ones of Zipformer Base; rates and lengths come from a configuration, see recipes/*/conf/finetune.
+Without --init the encoder begins with drawn weights. With --data.valid-cuts validation tells the word error rate of each head by greedy search,
+and the best checkpoints are those with the lowest one (the transducer's, if there are two). The same command goes on where it was interrupted,
+exactly; OUTPUT is as for k2ssl.bin.pretrain, and every checkpoint holds the tokenizer.
 Exit status: 0 done; 1 the run failed or diverged; 2 refused before training; 130 interrupted, with a checkpoint written. See docs/finetuning.md.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +27,9 @@ from k2ssl.bin.run_folder import Start
 from k2ssl.bin.training_run import Run as TrainingRun
 from k2ssl.bin.training_run import TrainingJob, prepare_model, run_training
 from k2ssl.bin.word_errors import WordErrors
+from k2ssl.data.spec_augment import SpecAugment
 from k2ssl.models.asr import AsrConfig, AsrModel
+from k2ssl.models.frontend import LogMelConfig
 from k2ssl.models.initialise import load_encoder
 from k2ssl.models.load import Weights, config_to_dict
 
@@ -42,6 +46,8 @@ class Finetune(TrainingJob):
         tokenizer: file of `k2ssl.bin.train_tokenizer`.
         init: checkpoint or model file whose encoder is taken; none: weights are drawn.
         init_weights: raw, as the last optimizer step of that checkpoint left them (as published), or average.
+        init_batch_count: with init, where the model's own schedules (dropouts, skipped layers, balancers) begin, in batches of
+            trainer.batch.reference_seconds; 0, as published, puts a trained encoder through their warm-up again, 20000 is past it.
         model: what is trained; model.vocab_size is that of the tokenizer.
         optim: the optimizer; its lr_scales give parts of the model rates of their own.
         schedule: of the learning rate.
@@ -64,11 +70,28 @@ class Finetune(TrainingJob):
     model: AsrConfig = field(default_factory=lambda: AsrConfig(vocab_size=_PUBLISHED_VOCABULARY))
     init: str = ""
     init_weights: Weights = "raw"
+    init_batch_count: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.trainer.sharding != "none":
             raise ValueError(f"Finetune: trainer.sharding is {self.trainer.sharding!r}, allowed is 'none': searches need the whole model")
+        if not (math.isfinite(self.init_batch_count) and self.init_batch_count >= 0):
+            raise ValueError(f"Finetune: init_batch_count is {self.init_batch_count}, a finite number >= 0 is needed")
+        if self.data.spec_augment.hides:
+            self._check_spec_augment()
+
+    def _check_spec_augment(self) -> None:
+        frontend, masks = self.model.frontend, self.data.spec_augment
+        if not isinstance(frontend, LogMelConfig):
+            raise ValueError(
+                "Finetune: data.spec_augment hides parts of log-mel features, which the waveform frontend does not have, allowed are 0 "
+                "band_masks and 0 time_masks; model.masking hides frames and channels behind any frontend"
+            )
+        if masks.band_masks and masks.band_width > frontend.num_bins:
+            raise ValueError(
+                f"Finetune: data.spec_augment.band_width is {masks.band_width}, allowed is at most model.frontend.num_bins, {frontend.num_bins}"
+            )
 
 
 def finetune(job: Finetune) -> None:
@@ -80,6 +103,10 @@ class Run(TrainingRun):
     """Of fine-tuning; see `TrainingRun`."""
 
     program = "finetune"
+
+    def __init__(self, job: Finetune, *arguments: Any, **options: Any) -> None:
+        super().__init__(job, *arguments, **options)
+        self.trainer.progress.batch_count = job.init_batch_count if job.init else 0.0
 
     @classmethod
     def check_start(cls, start: Start) -> None:
@@ -112,8 +139,13 @@ class Run(TrainingRun):
 
 
 def build_model(job: Finetune, device: torch.device) -> AsrModel:
-    """The model with weights drawn from the seed, the same on every rank and on every device."""
-    return prepare_model(job, lambda: AsrModel(job.model), device)
+    """The model with weights drawn from the seed, the same on every rank and on every device; with what hides its features in training."""
+    model = prepare_model(job, lambda: AsrModel(job.model), device)
+    frontend: Any = model.frontend
+    if job.data.spec_augment.hides:
+        masks = SpecAugment(job.data.spec_augment, frontend.sample_rate / frontend.mel.frame_shift)
+        masks.attach(frontend, model.clock.generator)
+    return model
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from k2ssl.bin.cluster_cuts import CutLists, check_files
-from k2ssl.bin.training_data import check_reading, corpora_of, most_to_check, reading_options
+from k2ssl.bin.training_data import TrainingData, corpora_of, most_to_check, reading_options
+from k2ssl.data.spec_augment import SpecAugmentConfig
 from k2ssl.train.plan import BatchPlan
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
@@ -29,42 +30,32 @@ _LISTED = 10  # utterances that a warning names
 _SHORTEST = 0.1  # seconds; audio of less than 25 ms has no frame
 
 
-@dataclass(frozen=True)
-class FinetuneData:
-    """What is trained on: manifests with transcripts.
+@dataclass(frozen=True, kw_only=True)
+class FinetuneData(TrainingData):
+    """What is trained on: manifests with transcripts. Validation takes every utterance as it was recorded.
 
     Attributes:
-        cuts: manifests to train on (.jsonl.gz).
-        weights: how often a manifest is drawn from, relative numbers of cuts, one for each; none given: every cut once an epoch.
-        valid_cuts: manifests to validate on, every utterance of them; none: no validation.
         unknown: what becomes of a character that the tokenizer does not have: refuse the run and name the utterance, or mark it as unknown.
         min_seconds: shorter utterances are not trained on, s; at least 0.1.
         max_seconds: longer utterances are not trained on, s.
-        normalize: bring every utterance to zero mean and unit variance.
-        quadratic_duration: count an utterance of d seconds as d + d^2 / quadratic_duration; none: as d.
-        num_buckets: groups of similar duration, from one of which a batch is drawn.
-        buffer_size: cuts that are held at a time; the larger, the better the shuffling.
-        num_workers: processes of each rank that read audio; 0 reads in the training process.
-        max_check: cuts of each manifest whose transcripts are looked at before training; 0: all.
+        speeds: factors, one of which is drawn for every utterance and epoch and makes it so much faster and higher, such as 0.9 1.0 1.1;
+            lengths then are those heard; none: as recorded, as published.
+        spec_augment: see there.
     """
 
-    cuts: tuple[str, ...]
-    weights: tuple[float, ...] = ()
-    valid_cuts: tuple[str, ...] = ()
     unknown: Literal["refuse", "mark"] = "refuse"
     min_seconds: float = 1.0
     max_seconds: float = 20.0
-    normalize: bool = False
-    quadratic_duration: float | None = None
-    num_buckets: int = 30
-    buffer_size: int = 20000
-    num_workers: int = 4
-    max_check: int = 300000
+    speeds: tuple[float, ...] = ()
+    spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
 
     def __post_init__(self) -> None:
-        check_reading(self)
+        super().__post_init__()
         if self.min_seconds < _SHORTEST:
             raise ValueError(f"FinetuneData: min_seconds is {self.min_seconds}, at least {_SHORTEST} is needed")
+        from k2ssl.data.speed import check_speeds
+
+        check_speeds("FinetuneData", self.speeds)
 
 
 class OpenedTranscripts:
@@ -90,8 +81,11 @@ class OpenedTranscripts:
         return {"tokenizer_sha256": self.tokenizer.sha256}
 
     def seconds(self) -> float | None:
-        """Audio of one epoch as the summaries beside the manifests say; None if one has none."""
-        return CutLists(self.config.cuts).seconds()
+        """Audio of one epoch, at an average of the speeds, as the summaries beside the manifests say; None if one has none."""
+        from k2ssl.data.speed import mean_length
+
+        recorded = CutLists(self.config.cuts).seconds()
+        return None if recorded is None else recorded * mean_length(self.config.speeds)
 
     def check(self, model: AsrModel, quick: bool = False) -> list[str]:
         """Hold the tokenizer against the model, and all transcripts against both; `quick` looks at 1,000 cuts of each manifest at most.
@@ -109,15 +103,18 @@ class OpenedTranscripts:
                 f"{self.tokenizer.vocab_size}, or the tokenizer that belongs to the model"
             )
         most = most_to_check(self.config, _QUICK if quick else 0)
-        named = [*zip(self.config.cuts, self.train_cuts, strict=True), *zip(self.config.valid_cuts, self.valid_cuts, strict=True)]
-        return [self._check_manifest(path, islice(manifest, most), model) for path, manifest in named]
+        fastest = max(self.config.speeds, default=1.0)
+        training = [(path, manifest, fastest) for path, manifest in zip(self.config.cuts, self.train_cuts, strict=True)]
+        validation = [(path, manifest, 1.0) for path, manifest in zip(self.config.valid_cuts, self.valid_cuts, strict=True)]
+        return [self._check_manifest(path, islice(cuts, most), model, speed) for path, cuts, speed in [*training, *validation]]
 
     def train_loader(self, plan: BatchPlan, sample_rate: int, seed: int, device: torch.device) -> BatchLoader[AsrBatch]:
-        """Whole utterances, in another order in every epoch."""
+        """Whole utterances, in another order and at other speeds in every epoch."""
         config = self.config
         corpora = corpora_of(self.train_cuts, config.weights)
         options = reading_options(config, plan, sample_rate, seed, device)
-        return self._loader(corpora, min_seconds=config.min_seconds, max_seconds=config.max_seconds, shuffle=True, **options)
+        lengths = {"min_seconds": config.min_seconds, "max_seconds": config.max_seconds}
+        return self._loader(corpora, speeds=config.speeds, shuffle=True, **lengths, **options)
 
     def valid_loader(self, plan: BatchPlan, sample_rate: int, device: torch.device, drop_incomplete: bool) -> BatchLoader[AsrBatch] | None:
         """Every utterance that has a frame, whatever its length, in the same order every time; None without validation data."""
@@ -132,7 +129,7 @@ class OpenedTranscripts:
 
         return asr_loader(corpora, tokenizer=self.tokenizer, unknown=self.config.unknown, **options)
 
-    def _check_manifest(self, path: str, cuts: Iterable[Cut], model: AsrModel) -> str:
+    def _check_manifest(self, path: str, cuts: Iterable[Cut], model: AsrModel, speed: float) -> str:
         from k2ssl.data.intake import transcript
 
         found: Counter[str] = Counter()
@@ -149,14 +146,15 @@ class OpenedTranscripts:
                 choice = "" if "is empty" in str(error) else "; --data.unknown mark takes them for the unknown symbol"
                 raise ValueError(f"{path}: utterance {cut.id!r}: {error}{choice}") from error
             found["unknown characters"] += len(self.tokenizer.outside(text))
-            for head in _too_long(tokens, cut.duration, model):
+            for head in _too_long(tokens, cut.duration / speed, model):
                 too_long[head].append(cut.id)
         for head, ids in too_long.items():
             if ids:
                 more = f" and {len(ids) - _LISTED:,} more" if len(ids) > _LISTED else ""
                 _log.warning(
-                    "%s: too few frames for their tokens, so that the %s loss leaves them out: %s%s",
+                    "%s: too few frames for their tokens%s, so that the %s loss leaves them out: %s%s",
                     path,
+                    f" at {speed:g} times the speed" if speed != 1.0 else "",
                     head,
                     ", ".join(ids[:_LISTED]),
                     more,

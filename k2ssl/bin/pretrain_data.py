@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from k2ssl.bin.cluster_cuts import CutLists, check_files
-from k2ssl.bin.training_data import check_reading, corpora_of, most_to_check, reading_options
+from k2ssl.bin.training_data import TrainingData, corpora_of, most_to_check, reading_options
 from k2ssl.train.plan import BatchPlan
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
@@ -25,43 +25,25 @@ if TYPE_CHECKING:  # slow to import, and not needed to show --help
 _QUICK = 1000  # cuts of each manifest that a resumed run checks again
 
 
-@dataclass(frozen=True)
-class PretrainData:
+@dataclass(frozen=True, kw_only=True)
+class PretrainData(TrainingData):
     """What is trained on.
 
     Attributes:
-        cuts: manifests to train on (.jsonl.gz).
         labels: folders of labels, one for each manifest; with several label sets first all folders of the first set, then all of the
             second, and so on.
-        weights: how often a manifest is drawn from, relative numbers of cuts, one for each; none given: every cut once an epoch.
-        valid_cuts: manifests to validate on; none: no validation.
-        valid_labels: their labels, as for `labels`.
+        valid_labels: those of the validation data, as for `labels`.
         min_seconds: shorter utterances are left out, s.
         max_seconds: utterances are cropped to this length at random, s.
-        normalize: bring every whole utterance to zero mean and unit variance before it is cropped, as published for Large.
-        quadratic_duration: count an utterance of d seconds as d + d^2 / quadratic_duration; none: as d.
-        num_buckets: groups of similar duration, from one of which a batch is drawn.
-        buffer_size: cuts that are held at a time; the larger, the better the shuffling.
-        num_workers: processes of each rank that read audio; 0 reads in the training process.
-        max_check: cuts of each manifest whose labels are held against the model before training; 0: all.
     """
 
-    cuts: tuple[str, ...]
     labels: tuple[str, ...]
-    weights: tuple[float, ...] = ()
-    valid_cuts: tuple[str, ...] = ()
     valid_labels: tuple[str, ...] = ()
     min_seconds: float = 2.0
     max_seconds: float = 15.625
-    normalize: bool = False
-    quadratic_duration: float | None = None
-    num_buckets: int = 30
-    buffer_size: int = 20000
-    num_workers: int = 4
-    max_check: int = 300000
 
     def __post_init__(self) -> None:
-        check_reading(self)
+        super().__post_init__()
         for manifests, folders in (("cuts", "labels"), ("valid_cuts", "valid_labels")):
             num_manifests, num_folders = len(getattr(self, manifests)), len(getattr(self, folders))
             if (num_folders == 0) != (num_manifests == 0) or (num_manifests and num_folders % num_manifests):

@@ -43,8 +43,17 @@ def asr_settings_without_effect(job: Finetune) -> Iterator[str]:
         yield from _none(_changed(model.masking, "model.masking", "length", "min_spans"), "with model.masking.probability 0")
     if model.freeze_frontend_steps and model.freeze_frontend_steps <= model.freeze_encoder_steps:
         yield "model.freeze_frontend_steps: no effect below model.freeze_encoder_steps, which freezes the frontend too"
+    masks = job.data.spec_augment
+    for kind, names in (("band", ["band_width"]), ("time", ["time_width", "time_share"])):
+        if not getattr(masks, f"{kind}_masks"):
+            yield from _none(_changed(masks, "data.spec_augment", *names), f"with data.spec_augment.{kind}_masks 0")
     if not job.init:
-        yield from _none(_changed(job, "", "init_weights"), "without init")
+        yield from _none(_changed(job, "", "init_weights", "init_batch_count"), "without init")
+    if model.heads != "ctc" and 0 < job.trainer.max_steps < model.warmup_steps:
+        yield (
+            f"model.warmup_steps is {model.warmup_steps}, more than trainer.max_steps, {job.trainer.max_steps}: training ends before the pruned "
+            "loss, which the search relies on, has its full weight"
+        )
 
 
 def without_effect_anywhere(job: Pretrain | Finetune) -> Iterator[str]:

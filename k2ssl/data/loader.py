@@ -14,6 +14,7 @@ from k2ssl.data.batch_loader import BatchLoader, LoaderOptions, OnError, Samplin
 from k2ssl.data.intake import Intake
 from k2ssl.data.mixture import Corpora
 from k2ssl.data.pretrain_dataset import LabelSource, PretrainDataset
+from k2ssl.data.speed import ChangedSpeed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,6 +99,7 @@ def asr_loader(
     drop_incomplete: bool = True,
     min_seconds: float = 0.0,
     max_seconds: float | None = None,
+    speeds: tuple[float, ...] = (),
     sample_rate: int = 16000,
     normalize: bool = False,
     tokenizer: Tokenizer | None = None,
@@ -111,14 +113,17 @@ def asr_loader(
         max_duration: seconds of audio in a batch of one rank, padding included.
         quadratic_duration, num_buckets, buffer_size, shuffle: see `SamplingConfig`.
         drop_incomplete: True for training: every rank gets the same number of batches. False for decoding: every utterance exactly once.
-        min_seconds, max_seconds: utterances outside are left out and counted; None: none is too long.
+        min_seconds, max_seconds: utterances outside, as long as they are heard, are left out and counted; None: none is too long.
+        speeds: see `ChangedSpeed`.
         sample_rate: of the batches, Hz; other audio is resampled.
         normalize, tokenizer, unknown: see `AsrDataset`. Iterating raises a `ValueError` for a transcript that is refused.
         options: see `LoaderOptions`.
     """
     intake = Intake(sample_rate, min_seconds, max_seconds, need_text=True)
     sampling = SamplingConfig(max_duration, quadratic_duration, num_buckets, buffer_size, shuffle=shuffle, drop_incomplete=drop_incomplete)
-    return BatchLoader(_corpora(cuts), intake, AsrDataset(normalize, tokenizer, unknown), sampling, **options)
+    mixed = _corpora(cuts)
+    corpora = ChangedSpeed(mixed.sets, mixed.weights, mixed.repeat, speeds)
+    return BatchLoader(corpora, intake, AsrDataset(normalize, tokenizer, unknown), sampling, **options)
 
 
 def _corpora(cuts: Iterable[Cut] | Corpora) -> Corpora:

@@ -52,9 +52,9 @@ class LogMel(nn.Module):
         self.frame_shift = _whole_samples("frame_shift_ms", frame_shift_ms, sample_rate)
         self.fft_size = 1 << max(1, (self.frame_length - 1).bit_length())
         bands = mel_bands(num_bins, sample_rate, self.fft_size, low_freq, high_freq)
-        self.bands: Tensor
-        self.register_buffer("bands", bands.float(), persistent=False)
         window = torch.hann_window(self.frame_length, periodic=False, dtype=torch.float64).pow(_POVEY_POWER)
+        self.bands: Tensor
+        self.register_buffer("bands", bands.float().to(window.device), persistent=False)
         self.window: Tensor
         self.register_buffer("window", window.float(), persistent=False)
 
@@ -71,7 +71,7 @@ class LogMel(nn.Module):
 
 
 def mel_bands(num_bins: int, sample_rate: int, fft_size: int, low_freq: float, high_freq: float) -> Tensor:
-    """(fft_size // 2 + 1, num_bins) float64 weights of triangular bands, equally spaced and linear in mel = 1127 ln(1 + f / 700).
+    """(fft_size // 2 + 1, num_bins) float64 weights of triangular bands on the CPU, equally spaced and linear in mel = 1127 ln(1 + f / 700).
 
     Arguments and errors: see `LogMel`. As in Kaldi the bin at half the sample rate belongs to no band.
     """
@@ -85,9 +85,10 @@ def mel_bands(num_bins: int, sample_rate: int, fft_size: int, low_freq: float, h
         raise ValueError(
             f"LogMel: high_freq is {high_freq}, that is {top} Hz; more than low_freq {low_freq} and at most {nyquist} is needed"
         )
-    edges = torch.linspace(_mel(low_freq), _mel(top), num_bins + 2, dtype=torch.float64)
+    # on the CPU whatever the default device: the values are looked at
+    edges = torch.linspace(_mel(low_freq), _mel(top), num_bins + 2, dtype=torch.float64, device="cpu")
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    freqs = torch.arange(fft_size // 2 + 1, dtype=torch.float64) * (sample_rate / fft_size)
+    freqs = torch.arange(fft_size // 2 + 1, dtype=torch.float64, device="cpu") * (sample_rate / fft_size)
     mel = (1127.0 * torch.log1p(freqs / 700.0)).unsqueeze(1)
     bands = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0)
     bands[-1] = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -41,8 +41,8 @@ class OptimConfig:
         name: "scaled_adam" or "adamw".
         lr: base learning rate; ScaledAdam's is relative to each tensor's size.
         betas, eps: decay of the two moments; added to the root of the second.
-        lr_scales: prefix of parameter names (a module, such as "encoder.layers.0", or one parameter) -> factor on its rate. Factors
-            of nested prefixes multiply. Each resulting rate is a group of its own, and ScaledAdam clips each group on its own.
+        lr_scales: prefix of parameter names (a module, such as "encoder.layers.0", or one parameter; a dot may follow) -> factor on its
+            rate. Factors of nested prefixes multiply. Each resulting rate is a group of its own, and ScaledAdam clips each group on its own.
         clipping_scale: ScaledAdam clips gradients at this many times the running median norm; 0 never clips.
         clipping_update_period, scalar_lr_scale, param_min_rms, param_max_rms, scalar_max, size_update_period: see `ScaledAdam`.
         weight_decay: AdamW's, for parameters with more than one axis; biases, norms' weights and scalars do not decay.
@@ -183,13 +183,27 @@ def _scale_by_name(lr_scales: Mapping[str, float], model: nn.Module) -> dict[str
     """Every parameter's product of the factors whose prefix its name has, in whole components."""
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     for prefix, scale in sorted(lr_scales.items()):
-        matched = [name for name in scales if name == prefix or name.startswith(prefix + ".")]
+        matched = _beginning_with(prefix, scales)
         if not matched:
-            known = sorted({name.split(".")[0] for name in scales})
-            raise ValueError(f"build_optimizer: lr_scales prefix {prefix!r} begins no parameter's name; names begin with {known}")
+            raise ValueError(f"build_optimizer: lr_scales prefix {prefix!r} begins no parameter's name; {_what_exists(prefix, scales)}")
         for name in matched:
             scales[name] *= scale
     return scales
+
+
+def _beginning_with(prefix: str, names: Iterable[str]) -> list[str]:
+    prefix = prefix.removesuffix(".")
+    return [name for name in names if name == prefix or name.startswith(prefix + ".")]
+
+
+def _what_exists(prefix: str, names: Iterable[str]) -> str:
+    """How names go on after the longest part of `prefix` that begins some."""
+    parts = prefix.removesuffix(".").split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        known = ".".join(parts[:end]) + "."
+        if found := {name.removeprefix(known).split(".")[0] for name in names if name.startswith(known)}:
+            return f"names that begin with {known!r} go on with {sorted(found)}"
+    return f"names begin with {sorted({name.split('.')[0] for name in names})}"
 
 
 def _make_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:

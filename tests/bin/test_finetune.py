@@ -19,7 +19,8 @@ from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 from torch.utils._pytree import tree_flatten_with_path
 
-from k2ssl.bin import finetune
+from k2ssl.bin import finetune, pretrain
+from k2ssl.bin.finetune_data import OpenedTranscripts
 from k2ssl.bin.pretrain_remarks import asr_settings_without_effect
 from k2ssl.bin.word_errors import WordErrors
 from k2ssl.config import load
@@ -28,13 +29,15 @@ from k2ssl.data.loader import asr_loader
 from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig, load_tokenizer, tokenizer_from_dict
 from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.models.asr import AsrConfig, AsrModel
-from k2ssl.models.hubert import HubertConfig, HubertModel
-from k2ssl.models.load import config_to_dict, load_model
+from k2ssl.models.load import load_model
 from k2ssl.structure import from_dict
 from k2ssl.train.checkpoint import load_checkpoint
+from k2ssl.train.plan import BatchPlan
 
 RATE = 16000
 LETTERS = "ABCD"
+AUGMENTED = ["--data.speeds", "0.9", "1", "1.1", "--data.spec-augment.band-masks", "1", "--data.spec-augment.band-width", "10"]
+AUGMENTED += ["--data.spec-augment.time-masks", "2", "--data.spec-augment.time-width", "0.1"]
 CHILD = """
 import os, signal, sys
 from k2ssl.bin import finetune
@@ -161,9 +164,9 @@ def model_of(command: list[str]) -> AsrConfig:
 
 @pytest.fixture(scope="module")
 def whole(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight steps that nothing interrupted."""
+    """A run of eight steps, with everything that is drawn, that nothing interrupted."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    assert finetune.main(words.command(output, "--trainer.max-steps", "8")) == 0
+    assert finetune.main(words.command(output, *AUGMENTED, "--trainer.max-steps", "8")) == 0
     return output
 
 
@@ -179,7 +182,7 @@ def test_a_checkpoint_holds_its_tokenizer_and_can_be_used_as_a_model(whole: Path
 
 
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(whole: Path, words: Words, tmp_path: Path) -> None:
-    command = words.command(tmp_path / "run", "--trainer.max-steps", "8")
+    command = words.command(tmp_path / "run", *AUGMENTED, "--trainer.max-steps", "8")
     ended = subprocess.run([sys.executable, "-c", CHILD, *command], env=environment(), capture_output=True, text=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert finetune.main(command) == 0
@@ -208,37 +211,97 @@ def test_both_heads_learn_to_read_words_they_have_not_heard_and_the_best_checkpo
     assert min(scores.values()) == min(record["wer"] for record in valid.values())
 
 
-def test_an_encoder_that_was_trained_before_is_taken_raw_or_averaged(whole: Path, words: Words, tmp_path: Path) -> None:
-    pretrained = tmp_path / "pretrained.pt"
-    config = model_of(words.command(whole))
-    model = HubertModel(HubertConfig(frontend=config.frontend, encoder=config.encoder))
-    average = {name: value + 1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    content = {"config": config_to_dict(model.config), "model": model.state_dict(), "average": {"step": 2, "model": average}}
-    torch.save(content, pretrained)
-    for weights, expected in (("raw", model.state_dict()), ("average", average)):
+def test_the_encoder_of_a_real_pre_training_run_is_taken_raw_or_averaged(sounds: Any, words: Words, tmp_path: Path) -> None:
+    short = ["--preflight.run", "False", "--data.num-workers", "0"]
+    before = sounds.command(tmp_path / "before", "--trainer.max-steps", "2", "--trainer.average-period", "1", *short)
+    assert pretrain.main(before) == 0
+    path = tmp_path / "before/checkpoints/step-000000002.pt"
+    trained = load_checkpoint(path)
+    # the same frontend and encoder by the same options, without the heads of pre-training
+    head = sounds.MODEL.index("--model.head.num-classes")
+    encoder = [*sounds.MODEL[:head], *sounds.MODEL[head + 2 :]]
+    (tmp_path / "plain.toml").write_text("[trainer]\ntensorboard = false\nmax_steps = 1\n")
+    for weights, expected in (("raw", trained["model"]), ("average", trained["average"]["model"])):
         output = tmp_path / weights
-        command = words.command(output, "--init", str(pretrained), "--init-weights", weights, "--trainer.max-steps", "1")
-        assert finetune.main(command) == 0
+        command = words.command(output, "--init", str(path), "--init-weights", weights, "--model.heads", "ctc", "--model.vocab-size", "7")
+        command += ["--data.cuts", words.cuts("train"), "--data.min-seconds", "0.1", "--device", "cpu", "--quiet", "True", *encoder, *short]
+        assert finetune.main([str(tmp_path / "plain.toml"), *command[1:], "--trainer.batch.seconds-per-update", "4"]) == 0
         begun = load_model(output / "checkpoints/step-000000000.pt", of=AsrModel).state_dict()
-        taken = [name for name in begun if name.startswith(("encoder.", "frontend.", "projection.", "mask_embedding"))]
-        assert len(taken) > 20 and all(torch.equal(begun[name], expected[name]) for name in taken)
-        pretrained_head = [name for name in begun if name not in expected]
-        assert pretrained_head == ["ctc.projection.weight", "ctc.projection.bias"]
+        own = {name for name in begun if name.startswith("ctc.")}
+        assert begun.keys() - own == {name for name in expected if not name.startswith("heads.")}
+        assert all(torch.equal(begun[name].double(), expected[name].double().float().double()) for name in begun.keys() - own)
+    raw, average = trained["model"], trained["average"]["model"]
+    assert any(not torch.equal(raw[name], average[name].to(raw[name].dtype)) for name in raw if name.startswith("encoder."))
+
+
+def test_an_estimate_and_the_tuner_say_what_they_found_and_write_nothing(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("k2ssl.bin.trials._TIMED", 2)
+    monkeypatch.setattr("k2ssl.bin.trials._WARM_UP", 1)
+    monkeypatch.setattr("k2ssl.bin.finetune_data.CutLists.seconds", lambda lists: 3600.0)
+    options = ["--data.speeds", "0.5", "1", "--trainer.max-epochs", "10"]
+    assert finetune.main(words.command(tmp_path / "run", *options, "--estimate", "True")) == 0
+    told = capsys.readouterr().out
+    assert "1.50 h of audio an epoch" in told and f"{10 * 3600 * 3 // 2 // 20:,} steps will take" in told and "2 steps: " in told
+    assert finetune.main(words.command(tmp_path / "run", "--tune", "True", "--preflight.memory-limit-gib", "100")) == 0
+    told = capsys.readouterr().out
+    (tmp_path / "tuned.json").write_text(told[told.index("\n{") :])
+    tuned = load(finetune.Finetune, [str(tmp_path / "tuned.json")])
+    assert tuned.trainer.batch.seconds_per_micro_batch == 20.0 and not tuned.tune and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["inf-check", "statistics"])
+def test_a_diagnosis_observes_a_few_steps(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    options = ["--model.heads", "both", "--trainer.batch.seconds-per-micro-batch", "4", *AUGMENTED]
+    assert finetune.main(words.command(tmp_path / "run", *options, "--diagnose", what)) == 0
+    told = capsys.readouterr().out
+    if what == "inf-check":
+        assert "5 steps: every output, gradient and parameter is finite" in told and not (tmp_path / "run").exists()
+    else:
+        found = json.loads((tmp_path / "run/statistics.json").read_text())
+        assert found["steps"] == 5 and found["parameters"]["transducer.joiner.output_linear.weight"]["rms"] > 0
+
+
+def test_what_a_setting_of_the_data_hides_or_changes_is_what_training_sees(words: Words, tmp_path: Path) -> None:
+    def seen(*options: str) -> tuple[list[float], tuple[int, int]]:
+        job = load(finetune.Finetune, words.command(tmp_path, "--model.ctc.dropout", "0", *options))
+        model = finetune.build_model(job, torch.device("cpu"))
+        data = OpenedTranscripts(job.data, job.tokenizer)
+        plan, cpu = BatchPlan.of(job.trainer.batch, 1), torch.device("cpu")
+        batch = next(iter(data.train_loader(plan, RATE, 0, cpu)))
+        valid = next(iter(data.valid_loader(plan, RATE, cpu, drop_incomplete=False) or []))
+        losses = []
+        for step, training in ((1, True), (1, True), (2, True), (1, False)):
+            model.step = 0
+            model.train(training).clock.seed(step)
+            losses.append(float(model(batch).loss.detach()))
+        return losses, (batch.num_samples, valid.num_samples)
+
+    (first, again, other, evaluated), plain = seen()
+    assert first == again == other == evaluated, "nothing is drawn"
+    (first, again, other, evaluated), masked = seen(*AUGMENTED[4:])
+    assert first == again and len({first, other, evaluated}) == 3 and masked == plain
+    assert evaluated == seen()[0][3], "evaluation hears everything"
+    slower = seen("--data.speeds", "0.8")[1]
+    assert slower[0] != plain[0] and slower[1] == plain[1], "validation takes utterances as they are"
 
 
 def test_errors_of_all_ranks_are_counted(words: Words, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "k2ssl.bin.finetune"]
-    command = words.command(tmp_path / "two", "--trainer.max-steps", "1", "--preflight.run", "False")
+    options = ["--model.heads", "both", "--trainer.batch.seconds-per-update", "10", "--trainer.batch.seconds-per-micro-batch", "5"]
+    command = words.command(tmp_path / "two", *AUGMENTED, *options, "--trainer.max-steps", "2", "--preflight.run", "False")
     done = subprocess.run([*program, *command], env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (valid,) = lines(tmp_path / "two", "valid")
-    model = load_model(tmp_path / "two/checkpoints/step-000000001.pt", of=AsrModel).eval()
+    model = load_model(tmp_path / "two/checkpoints/step-000000002.pt", of=AsrModel).eval()
     errors = WordErrors(model, load_tokenizer(words.tokenizer))
     with torch.no_grad():
         for batch in asr_loader(read_cuts(words.cuts("valid")), max_duration=5.0, shuffle=False, drop_incomplete=False):
             errors.add(batch)
     expected = errors.result()
-    assert valid["num_words"] == expected["num_words"] and valid["wer"] == pytest.approx(expected["wer"])
+    assert valid["num_words"] == expected["num_words"] and {"wer", "wer_ctc", "wer_transducer"} < expected.keys()
+    assert {name: valid[name] for name in expected} == pytest.approx(expected)
 
 
 def test_words_are_counted_against_the_normalised_transcript() -> None:
@@ -287,6 +350,12 @@ def test_targets_longer_than_frames_are_named_before_training_and_counted_while_
     assert any("the ctc loss leaves them out: long00, long01" in message for message in caplog.messages)
     (train,) = lines(tmp_path / "run", "train")
     assert train["count_too_long_ctc"] == 2 and train["num_targets"] == 2
+    caplog.clear()
+    tight = words.write("tight", ["AB" * 12], ["ABAB"])  # 0.7 s: 34 frames are enough for 24 tokens, 17 are not
+    command = words.command(tmp_path / "fast", "--data.cuts", tight, "--data.min-seconds", "0.1", "--diagnose", "inf-check")
+    assert finetune.main(command) == 0 and "too few frames" not in caplog.text
+    assert finetune.main([*command, "--data.speeds", "1", "2"]) == 0
+    assert "too few frames for their tokens at 2 times the speed, so that the ctc loss leaves them out: tight00" in caplog.text
 
 
 def test_a_checkpoint_without_our_encoder_is_refused(whole: Path, words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,13 +379,13 @@ def test_a_tokenizer_that_is_not_the_models_is_refused_even_where_changes_are_ac
     said = refusal(capsys, words.command(tmp_path / "run", "--tokenizer", str(tmp_path / "larger.pt")))
     assert "model.vocab_size is 7, the tokenizer has 8 tokens; give --model.vocab-size 8" in said
     shutil.copytree(whole, tmp_path / "copy")
-    command = words.command(tmp_path / "copy", "--tokenizer", str(tmp_path / "swapped.pt"), "--trainer.max-steps", "9")
+    command = words.command(tmp_path / "copy", *AUGMENTED, "--tokenizer", str(tmp_path / "swapped.pt"), "--trainer.max-steps", "9")
     for accepting in ([], ["--accept-changes", "True"]):
         said = refusal(capsys, [*command, *accepting])
         assert "lineage.tokenizer_sha256 is" in said
     assert "another tokenizer" in said
     shutil.copy(words.tokenizer, tmp_path / "moved.pt")
-    moved = words.command(tmp_path / "copy", "--tokenizer", str(tmp_path / "moved.pt"), "--trainer.max-steps", "9")
+    moved = words.command(tmp_path / "copy", *AUGMENTED, "--tokenizer", str(tmp_path / "moved.pt"), "--trainer.max-steps", "9")
     assert finetune.main(moved) == 0, "where it lies does not matter"
 
 
@@ -324,6 +393,14 @@ def test_settings_that_cannot_be_are_refused(words: Words, tmp_path: Path, capsy
     command = words.command(tmp_path / "run")
     assert "trainer.sharding is 'fsdp'" in refusal(capsys, [*command, "--trainer.sharding", "fsdp"])
     assert "min_seconds is 0.05, at least 0.1" in refusal(capsys, [*command, "--data.min-seconds", "0.05"])
+    assert "speeds holds 0.3, allowed are 0.5 to 2.0" in refusal(capsys, [*command, "--data.speeds", "1", "0.3"])
+    masks = [*command, "--data.spec-augment.band-masks", "1"]
+    assert "band_width is 41, allowed is at most model.frontend.num_bins, 40" in refusal(
+        capsys, [*masks, "--data.spec-augment.band-width", "41"]
+    )
+    (tmp_path / "waveform.toml").write_text('[model.frontend]\nkind = "waveform"\n')
+    said = refusal(capsys, [masks[0], str(tmp_path / "waveform.toml"), *masks[1:]])
+    assert "which the waveform frontend does not have" in said and "model.masking" in said
     assert "there is no such file" in refusal(capsys, [*command, "--tokenizer", str(tmp_path / "none.pt")])
 
 
@@ -335,6 +412,10 @@ def test_settings_that_cannot_be_are_refused(words: Words, tmp_path: Path, capsy
         (["--model.heads", "transducer", "--model.ctc.dropout", "0.3"], "model.ctc: no effect with model.heads transducer"),
         (["--model.ctc-scale", "0.3"], "model.ctc_scale: no effect with model.heads ctc"),
         (["--init-weights", "average"], "init_weights: no effect without init"),
+        (["--init-batch-count", "3"], "init_batch_count: no effect without init"),
+        (["--model.heads", "transducer", "--trainer.max-steps", "1999"], "model.warmup_steps is 2000, more than trainer.max_steps, 1999"),
+        (["--data.spec-augment.band-width", "5"], "data.spec_augment.band_width: no effect with data.spec_augment.band_masks 0"),
+        (["--data.spec-augment.time-share", "0.5"], "data.spec_augment.time_share: no effect with data.spec_augment.time_masks 0"),
         (["--model.freeze-frontend-steps", "3", "--model.freeze-encoder-steps", "3"], "model.freeze_frontend_steps: no effect below"),
     ],
 )

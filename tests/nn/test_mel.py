@@ -89,3 +89,10 @@ def test_a_state_dict_holds_no_constants() -> None:
 def test_impossible_filterbanks_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         LogMel(**arguments)
+
+
+def test_a_filterbank_can_be_built_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        mel = LogMel()
+    assert mel.bands.device.type == mel.window.device.type == "meta"
+    assert mel.bands.shape == LogMel().bands.shape
