@@ -163,12 +163,32 @@ class Tokenizer(ABC):
         Raises:
             ValueError: an id that is blank or outside the vocabulary.
         """
+        return " ".join("".join(self._spelled(ids)).split())
+
+    def word_numbers(self, ids: Iterable[int]) -> list[int]:
+        """For each token id the number of the word of `decode(ids)` that it is part of, from 0 on; -1 for one of nothing but a delimiter.
+
+        A piece that spans words, which `k2ssl.bin.train_tokenizer` makes none of, counts to the first of them.
+
+        Raises:
+            ValueError: an id that is blank or outside the vocabulary.
+        """
+        numbers, begun, inside = [], 0, False  # words begun so far; whether the last one goes on
+        for text in self._spelled(ids):
+            joins = inside and text[0] != " "
+            words = len(text.split())
+            numbers.append(begun - joins if words else -1)
+            begun += words - joins
+            inside = text[-1] != " "
+        return numbers
+
+    def _spelled(self, ids: Iterable[int]) -> list[str]:
         symbols = []
         for token in ids:
             if not self.blank < token < self.vocab_size:
                 raise ValueError(f"decode: token id {token}, allowed are 1..{self.vocab_size - 1}")
-            symbols.append(self.symbols[token])
-        return " ".join("".join(symbols).replace(self.delimiter, " ").split())
+            symbols.append(self.symbols[token].replace(self.delimiter, " "))
+        return symbols
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values and at most one uint8 tensor: what `tokenizer_from_dict` reads, and what a checkpoint may hold."""

@@ -28,7 +28,7 @@ def greedy_search(log_probs: Tensor, lens: Tensor, blank: int = 0) -> list[Hypot
     Raises:
         ValueError: shapes, dtypes or lengths that do not fit.
     """
-    _check(log_probs, lens, blank)
+    check_log_probs("greedy_search", log_probs, lens, blank)
     num_frames = log_probs.shape[1]
     best, token = log_probs.max(dim=2)
     inside = torch.arange(num_frames, device=best.device) < lens.to(best.device, non_blocking=True).unsqueeze(1)
@@ -47,16 +47,17 @@ def _hypothesis(row: Tensor, score: float) -> Hypothesis:
     return Hypothesis(tuple(row[frames].tolist()), score, tuple(frames.tolist()))
 
 
-def _check(log_probs: Tensor, lens: Tensor, blank: int) -> None:
+def check_log_probs(search: str, log_probs: Tensor, lens: Tensor, blank: int) -> None:
+    """ValueError, which names the search, unless (N, T, V) log-probabilities, (N,) int64 CPU lengths and blank's id fit together."""
     if log_probs.dim() != 3:
-        raise ValueError(f"greedy_search: log_probs has shape {tuple(log_probs.shape)}, (N, T, V) is needed")
+        raise ValueError(f"{search}: log_probs has shape {tuple(log_probs.shape)}, (N, T, V) is needed")
     batch, num_frames, vocab_size = log_probs.shape
     if lens.dtype != torch.int64 or lens.shape != (batch,) or lens.device.type != "cpu":
         raise ValueError(
-            f"greedy_search: lens must be int64 of shape ({batch},) on the CPU, got {lens.dtype} {tuple(lens.shape)} on {lens.device}"
+            f"{search}: lens must be int64 of shape ({batch},) on the CPU, got {lens.dtype} {tuple(lens.shape)} on {lens.device}"
         )
     for row, length in enumerate(lens.tolist()):
         if not 0 <= length <= num_frames:
-            raise ValueError(f"greedy_search: lens of utterance {row} is {length}, allowed are 0..{num_frames}")
+            raise ValueError(f"{search}: lens of utterance {row} is {length}, allowed are 0..{num_frames}")
     if not 0 <= blank < vocab_size:
-        raise ValueError(f"greedy_search: blank is {blank}, allowed are 0..{vocab_size - 1}")
+        raise ValueError(f"{search}: blank is {blank}, allowed are 0..{vocab_size - 1}")

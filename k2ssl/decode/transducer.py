@@ -1,48 +1,32 @@
 """Searches over a transducer with a stateless predictor: greedy, and the modified beam search.
 
-Both advance all utterances (and all hypotheses) together, frame by frame: one call of predictor and joint network per step, and nothing
-waits for the device before the end. Utterances do not influence each other; a shorter one is frozen after its last frame.
+Both advance all utterances (and all hypotheses) together, frame by frame: one call of the joint network per step, and nothing waits for
+the device before the end. Utterances do not influence each other; they are taken longest first, and one whose frames are used up leaves
+the batch. What does that, and what is computed after a token, is in `k2ssl.decode.transducer_history`.
 
 Letters beside those of `k2ssl.batch`: B hypotheses in a beam, V vocabulary size.
 
-Put the networks into evaluation mode before searching. Upstream: greedy_search_batch and modified_beam_search.
+Put the networks into evaluation mode before searching. Upstream: greedy_search_batch and modified_beam_search(_lm_shallow_fusion).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Protocol
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from k2ssl.decode.biasing import ContextGraph
 from k2ssl.decode.hypotheses import Hypothesis
+from k2ssl.decode.lm import TokenLm
+from k2ssl.decode.transducer_history import Fusion, History, HistoryScorer, JoinerLike, PredictorLike
 
 NEG_INF = float("-inf")
 
-
-class PredictorLike(Protocol):
-    """What a search asks of a predictor; `k2ssl.models.predictor.Predictor` is one."""
-
-    @property
-    def context_size(self) -> int: ...
-
-    @property
-    def blank(self) -> int: ...
-
-    def step(self, context: Tensor) -> Tensor:
-        """(M, context_size) last symbols, -1 before the start -> (M, C)."""
-
-
-class JoinerLike(Protocol):
-    """What a search asks of a joint network; `k2ssl.models.predictor.Joiner` is one."""
-
-    def project_encoder(self, encoder_out: Tensor) -> Tensor: ...
-
-    def project_predictor(self, predictor_out: Tensor) -> Tensor: ...
-
-    def __call__(self, encoder_out: Tensor, predictor_out: Tensor, project_input: bool) -> Tensor:
-        """Projected frames and contexts that broadcast against each other -> (..., V) logits."""
+_T = TypeVar("_T")
 
 
 @torch.no_grad()
@@ -64,7 +48,8 @@ def greedy_search(
         blank_penalty: subtracted from blank's logit; larger values mean fewer deletions.
 
     Returns:
-        One hypothesis per utterance; its score is the log-probability of the path taken.
+        One hypothesis per utterance; its score is the log-probability of the path taken. A frame that has emitted its share is left
+        without a blank, which is then no part of the path.
 
     Raises:
         ValueError: shapes, dtypes or lengths that do not fit, `max_symbols_per_frame` below 1.
@@ -72,28 +57,27 @@ def greedy_search(
     _check_encoder_out(encoder_out, encoder_out_lens)
     if max_symbols_per_frame < 1:
         raise ValueError(f"greedy_search: max_symbols_per_frame is {max_symbols_per_frame}, at least 1 is needed")
-    batch, num_frames, _ = encoder_out.shape
-    blank = predictor.blank
-    frames = joiner.project_encoder(encoder_out)
-    lens = encoder_out_lens.to(frames.device, non_blocking=True)
-    context = _start_context(predictor, frames.device).repeat(batch, 1)
-    projected = joiner.project_predictor(predictor.step(context))
+    frames, order, running = _longest_first(joiner, encoder_out, encoder_out_lens)
+    batch, blank = frames.shape[0], predictor.blank
+    scorer = HistoryScorer(predictor, joiner, frames.device, Fusion())
+    history = scorer.start(batch)
     score = torch.zeros(batch, device=frames.device)
-    emitted = []
-    for t in range(num_frames):
-        going_on = t < lens
+    emitted, frame_of = [], []
+    for t, n in enumerate(running):
+        history = history[:n]
+        going_on = torch.ones(n, dtype=torch.bool, device=frames.device)
         for _ in range(max_symbols_per_frame):
-            logits = joiner(frames[:, t], projected, project_input=False)
-            log_prob, token = _log_probs(logits, blank, blank_penalty).max(-1)
-            score = torch.where(going_on, score + log_prob, score)
+            log_prob, token = scorer.log_probs(frames[:n, t], history, 1, blank_penalty, 1.0).squeeze(1).max(-1)
+            score[:n] += log_prob.where(going_on, 0.0)
             going_on = going_on & (token != blank)
             emitted.append(torch.where(going_on, token, blank))
-            context = torch.where(going_on.unsqueeze(1), _append(context, token), context)
-            projected = joiner.project_predictor(predictor.step(context))
-    if not emitted:
-        return [Hypothesis((), 0.0) for _ in range(batch)]
-    tokens = torch.stack(emitted, dim=1).tolist()
-    return [_hypothesis(row, value, blank, max_symbols_per_frame) for row, value in zip(tokens, score.tolist(), strict=True)]
+            frame_of.append(t)
+            history = scorer.advance(history, token, going_on)
+            if scorer.knows_that_none(going_on):
+                break
+    rows = _pad(emitted, batch, blank).tolist()
+    found = [_hypothesis(row, value, blank, frame_of) for row, value in zip(rows, score.tolist(), strict=True)]
+    return _as_given(found, order)
 
 
 @torch.no_grad()
@@ -106,11 +90,23 @@ def modified_beam_search(
     temperature: float = 1.0,
     blank_penalty: float = 0.0,
     num_hypotheses: int = 1,
+    lm: TokenLm | None = None,
+    lm_scale: float = 0.0,
+    biasing: ContextGraph | None = None,
+    lm_final: bool = False,
 ) -> list[list[Hypothesis]]:
     """Beam search with at most one symbol a frame.
 
     Each frame keeps the `beam` best continuations and then adds up the probabilities of those with equal tokens. What remains at an
     utterance's end is ranked by score / (number of tokens + context_size); upstream counts the start symbols in the length.
+
+    Fusion adds to the log-probability of every token that is not blank `lm_scale` times its log-probability in the language model, and
+    what the biasing list gives it, *before* the best continuations are chosen (upstream chooses by the transducer alone and adds
+    afterwards). As both depend on the tokens only, the score of a hypothesis is
+
+        log P(tokens | audio) + lm_scale * log P_lm(tokens) + score * (tokens in biasing phrases)
+
+    with the alignments that the search kept in the first term. With fusion the ranking divides this sum.
 
     Args:
         predictor, joiner: the networks.
@@ -120,29 +116,34 @@ def modified_beam_search(
         temperature: divides the logits, after the blank penalty; > 0.
         blank_penalty: subtracted from blank's logit; larger values mean fewer deletions.
         num_hypotheses: how many to return per utterance, 1..beam.
+        lm: a language model over the same tokens.
+        lm_scale: its weight, >= 0; with 0 the model is not asked.
+        biasing: phrases that score higher.
+        lm_final: whether P_lm has the probability that the sentence ends; upstream leaves it out.
 
     Returns:
         Per utterance its best hypotheses, best first; fewer than asked for where fewer differ. Their frames are those of the best
         alignment at each merge.
 
     Raises:
-        ValueError: shapes, dtypes, lengths or settings that do not fit.
+        ValueError: shapes, dtypes, lengths or settings that do not fit; an `lm` or `biasing` with another vocabulary.
     """
     _check_encoder_out(encoder_out, encoder_out_lens)
     _check_beam(beam, temperature, num_hypotheses)
-    batch, num_frames, _ = encoder_out.shape
-    frames = joiner.project_encoder(encoder_out)
-    lens = encoder_out_lens.to(frames.device, non_blocking=True)
-    beams = _start_beams(predictor, batch, beam, frames.device)
-    steps = []
-    for t in range(num_frames):
-        projected = joiner.project_predictor(predictor.step(beams.context.flatten(0, 1))).unflatten(0, (batch, beam))
-        logits = joiner(frames[:, t].unsqueeze(1), projected, project_input=False)
-        log_probs = _log_probs(logits, predictor.blank, blank_penalty, temperature)
-        extended, step = _extend(beams, log_probs, predictor.blank)
-        beams, step = _freeze(beams, extended, step, t < lens, predictor.blank)
+    fusion = _fusion(lm, lm_scale, lm_final, biasing)
+    frames, order, running = _longest_first(joiner, encoder_out, encoder_out_lens)
+    scorer = HistoryScorer(predictor, joiner, frames.device, fusion)
+    beams = _start_beams(scorer, frames.shape[0], beam)
+    steps, finished = [], []
+    for t, n in enumerate(running):
+        if n < len(beams.score):
+            finished.append(_finish(beams.rows(slice(n, None)), scorer))
+            beams = beams.rows(slice(n))
+        scores = scorer.log_probs(frames[:n, t], beams.history, beam, blank_penalty, temperature)
+        beams, step = _extend(beams, scores, scorer)
         steps.append(step)
-    return _collect(beams, steps, predictor, num_hypotheses)
+    finished.append(_finish(beams, scorer))
+    return _as_given(_collect(finished[::-1], steps, predictor, num_hypotheses), order)
 
 
 @dataclass(frozen=True)
@@ -150,16 +151,22 @@ class _Beams:
     """B hypotheses of each utterance; a score of -inf marks an unused place.
 
     Attributes:
-        context: (N, B, context_size) last symbols.
         score: (N, B) log-probability.
         length: (N, B) number of tokens.
         prefix: (N, B) hash of all tokens.
+        history: of all N x B.
     """
 
-    context: Tensor
     score: Tensor
     length: Tensor
     prefix: Tensor
+    history: History
+
+    def rows(self, rows: slice) -> _Beams:
+        """Some of the utterances."""
+        beam = self.score.shape[1]
+        start, stop = (None if end is None else end * beam for end in (rows.start, rows.stop))
+        return _Beams(self.score[rows], self.length[rows], self.prefix[rows], self.history[start:stop])
 
 
 @dataclass(frozen=True)
@@ -170,92 +177,103 @@ class _Step:
     token: Tensor
 
 
-def _start_beams(predictor: PredictorLike, batch: int, beam: int, device: torch.device) -> _Beams:
-    score = torch.full((batch, beam), NEG_INF, device=device)
+def _start_beams(scorer: HistoryScorer, batch: int, beam: int) -> _Beams:
+    score = torch.full((batch, beam), NEG_INF, device=scorer.device)
     score[:, 0] = 0.0
-    zeros = torch.zeros(batch, beam, dtype=torch.int64, device=device)
-    return _Beams(_start_context(predictor, device).repeat(batch, beam, 1), score, zeros, zeros)
+    zeros = torch.zeros(batch, beam, dtype=torch.int64, device=scorer.device)
+    return _Beams(score, zeros, zeros, scorer.start(batch * beam))
 
 
-def _extend(beams: _Beams, log_probs: Tensor, blank: int) -> tuple[_Beams, _Step]:
+def _extend(beams: _Beams, log_probs: Tensor, scorer: HistoryScorer) -> tuple[_Beams, _Step]:
     """The best continuations by one frame, equal ones merged; log_probs (N, B, V)."""
-    beam, vocab_size = log_probs.shape[1:]
+    batch, beam, vocab_size = log_probs.shape
     score, index = (beams.score.unsqueeze(2) + log_probs).flatten(1).topk(beam, dim=1)
     parent, token = index.div(vocab_size, rounding_mode="floor"), index % vocab_size
-    is_token = token != blank
-    context = beams.context.gather(1, parent.unsqueeze(2).expand_as(beams.context))
+    is_token = token != scorer.predictor.blank
     prefix = beams.prefix.gather(1, parent)
-    extended = _Beams(
-        context=torch.where(is_token.unsqueeze(2), _append(context, token), context),
-        score=score,
-        length=beams.length.gather(1, parent) + is_token,
-        prefix=torch.where(is_token, _hash_on(prefix, token), prefix),
-    )
-    return _merge(extended), _Step(parent, token)
+    prefix = torch.where(is_token, _hash_on(prefix, token), prefix)
+    length = beams.length.gather(1, parent) + is_token
+    score = _merge(score, length, prefix)
+    first = torch.arange(0, batch * beam, beam, device=score.device).unsqueeze(1)
+    needed = is_token & (score > NEG_INF)
+    history = scorer.advance(beams.history[(first + parent).flatten()], token.flatten(), needed.flatten())
+    return _Beams(score, length, prefix, history), _Step(parent, token)
 
 
-def _merge(beams: _Beams) -> _Beams:
-    """Give the first of several hypotheses with equal tokens the sum of their probabilities and free the places of the others."""
-    same = beams.prefix.unsqueeze(2) == beams.prefix.unsqueeze(1)
-    same &= beams.length.unsqueeze(2) == beams.length.unsqueeze(1)
-    total = beams.score.unsqueeze(1).where(same, NEG_INF).logsumexp(2)
-    repeats = same.tril(diagonal=-1).any(2)
-    return _Beams(beams.context, total.masked_fill(repeats, NEG_INF), beams.length, beams.prefix)
+def _merge(score: Tensor, length: Tensor, prefix: Tensor) -> Tensor:
+    """Scores (N, B), where the first of several hypotheses with equal tokens has the sum of their probabilities and the others' places
+    are unused."""
+    same = (prefix.unsqueeze(2) == prefix.unsqueeze(1)) & (length.unsqueeze(2) == length.unsqueeze(1))
+    total = score.unsqueeze(1).where(same, NEG_INF).logsumexp(2)
+    return total.masked_fill(same.tril(diagonal=-1).any(2), NEG_INF)
 
 
-def _freeze(before: _Beams, after: _Beams, step: _Step, running: Tensor, blank: int) -> tuple[_Beams, _Step]:
-    """Keep utterances whose frames are used up as they are; running (N,) is True for the others."""
-    chosen = []
-    for field in fields(_Beams):
-        old, new = getattr(before, field.name), getattr(after, field.name)
-        chosen.append(torch.where(running.view(-1, *[1] * (new.dim() - 1)), new, old))
-    unchanged = torch.arange(step.parent.shape[1], device=running.device)
-    running = running.unsqueeze(1)
-    return _Beams(*chosen), _Step(torch.where(running, step.parent, unchanged), torch.where(running, step.token, blank))
+@dataclass(frozen=True)
+class _Finished:
+    """(N, B) scores with what the end adds, and number of tokens, of utterances whose frames are used up."""
+
+    score: Tensor
+    length: Tensor
 
 
-def _collect(beams: _Beams, steps: list[_Step], predictor: PredictorLike, num_hypotheses: int) -> list[list[Hypothesis]]:
+def _finish(beams: _Beams, scorer: HistoryScorer) -> _Finished:
+    final = scorer.final(beams.history)
+    return _Finished(beams.score if final is None else beams.score + final.view_as(beams.score), beams.length)
+
+
+def _collect(finished: list[_Finished], steps: list[_Step], predictor: PredictorLike, num_hypotheses: int) -> list[list[Hypothesis]]:
     """Rank what is left and follow it back to the start."""
-    ranking = beams.score / (beams.length + predictor.context_size)
+    score = torch.cat([part.score for part in finished])
+    ranking = score / (torch.cat([part.length for part in finished]) + predictor.context_size)
     place = ranking.sort(dim=1, descending=True, stable=True).indices[:, :num_hypotheses].cpu()
-    scores = beams.score.cpu().gather(1, place)
+    scores = score.cpu().gather(1, place)
     tokens = torch.full((*place.shape, len(steps)), predictor.blank, dtype=torch.int64)
+    sizes = [len(step.token) for step in steps]
     if steps:
-        parents, added = torch.stack([step.parent for step in steps]).cpu(), torch.stack([step.token for step in steps]).cpu()
+        parents = torch.cat([step.parent for step in steps]).cpu().split(sizes)
+        added = torch.cat([step.token for step in steps]).cpu().split(sizes)
         for t in range(len(steps) - 1, -1, -1):
-            tokens[:, :, t] = added[t].gather(1, place)
-            place = parents[t].gather(1, place)
+            still = place[: sizes[t]]
+            tokens[: sizes[t], :, t] = added[t].gather(1, still)
+            still.copy_(parents[t].gather(1, still))
     return [
-        [_hypothesis(row, score, predictor.blank) for row, score in zip(rows, row_scores, strict=True) if score > NEG_INF]
+        [_hypothesis(row, score, predictor.blank, range(len(row))) for row, score in zip(rows, row_scores, strict=True) if score > NEG_INF]
         for rows, row_scores in zip(tokens.tolist(), scores.tolist(), strict=True)
     ]
 
 
-def _hypothesis(symbols: list[int], score: float, blank: int, symbols_per_frame: int = 1) -> Hypothesis:
-    """From what was emitted at every step, blanks included."""
-    kept = [(step // symbols_per_frame, symbol) for step, symbol in enumerate(symbols) if symbol != blank]
+def _longest_first(joiner: JoinerLike, encoder_out: Tensor, lens: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Projected frames (N, T, D) of the utterances sorted by length, their given places, and how many have each of the frames."""
+    ordered, order = lens.sort(descending=True, stable=True)
+    running = (ordered.unsqueeze(0) > torch.arange(max(lens.tolist(), default=0)).unsqueeze(1)).sum(1)
+    frames = joiner.project_encoder(encoder_out[order.to(encoder_out.device, non_blocking=True)])
+    return frames, order.tolist(), running.tolist()
+
+
+def _as_given(found: list[_T], order: list[int]) -> list[_T]:
+    """Undo the sorting."""
+    return [value for _, value in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
+
+
+def _pad(steps: list[Tensor], batch: int, blank: int) -> Tensor:
+    """What the first utterances emitted at each step, (n,) -> (N, steps) on the CPU, blank for the others; one transfer."""
+    padded = torch.full((len(steps), batch), blank, dtype=torch.int64)
+    if steps:
+        for row, step in zip(padded, torch.cat(steps).cpu().split([len(step) for step in steps]), strict=True):
+            row[: len(step)] = step
+    return padded.mT
+
+
+def _hypothesis(symbols: list[int], score: float, blank: int, frame_of: Sequence[int]) -> Hypothesis:
+    """From what was emitted at every step, blanks included, and the frame of each step."""
+    kept = [(frame, symbol) for frame, symbol in zip(frame_of, symbols, strict=True) if symbol != blank]
     return Hypothesis(tokens=tuple(symbol for _, symbol in kept), score=score, frames=tuple(frame for frame, _ in kept))
 
 
-def _log_probs(logits: Tensor, blank: int, blank_penalty: float, temperature: float = 1.0) -> Tensor:
-    """(..., V) float32 log-probabilities."""
-    logits = logits.float()
-    if blank_penalty:
-        logits = logits.clone()
-        logits[..., blank] -= blank_penalty
-    return (logits / temperature).log_softmax(-1)
-
-
-def _start_context(predictor: PredictorLike, device: torch.device) -> Tensor:
-    """(context_size,): nothing, then blank as the start symbol."""
-    context = torch.full((predictor.context_size,), -1, dtype=torch.int64, device=device)
-    context[-1] = predictor.blank
-    return context
-
-
-def _append(context: Tensor, token: Tensor) -> Tensor:
-    """(..., context_size) and (...,) -> (..., context_size), the oldest symbol dropped."""
-    return torch.cat([context[..., 1:], token.unsqueeze(-1)], dim=-1)
+def _fusion(lm: TokenLm | None, lm_scale: float, lm_final: bool, biasing: ContextGraph | None) -> Fusion:
+    if not (math.isfinite(lm_scale) and lm_scale >= 0):
+        raise ValueError(f"modified_beam_search: lm_scale is {lm_scale}, allowed is a finite number >= 0")
+    return Fusion(lm if lm_scale > 0 else None, lm_scale, lm_final, biasing)
 
 
 def _hash_on(prefix: Tensor, token: Tensor) -> Tensor:

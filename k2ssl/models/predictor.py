@@ -97,15 +97,26 @@ class Predictor(nn.Module):
         _check_symbols(context)
         if context.shape[1] != self.context_size:
             raise ValueError(f"Predictor.step: context has shape {tuple(context.shape)}, (M, {self.context_size}) is needed")
-        return self._context(context).squeeze(1)
+        embedded = self._embed(context)
+        if self.conv is None:
+            return embedded.squeeze(1)
+        # The convolution at its one place, as matrix products: on a CPU several times faster for the few rows of a search, most of all where
+        # their number changes from step to step.
+        columns = embedded.mT.unflatten(1, (self.conv.groups, -1)).flatten(2).transpose(0, 1)
+        weight = self.conv.weight.unflatten(0, (self.conv.groups, -1)).flatten(2)
+        return self.conv_balancer(torch.bmm(columns, weight.mT).transpose(0, 1).flatten(1).relu())
 
     def _context(self, symbols: Tensor) -> Tensor:
         """(N, U + context_size - 1) symbols -> (N, U, C)."""
-        embedded = self.embedding(symbols.clamp(min=0)) * (symbols >= 0).unsqueeze(-1)
-        embedded = self.embedding_balancer(embedded)
+        embedded = self._embed(symbols)
         if self.conv is None:
             return embedded
         return self.conv_balancer(self.conv(embedded.mT).mT.relu())
+
+    def _embed(self, symbols: Tensor) -> Tensor:
+        """(N, U) -> (N, U, C), zero where a symbol is negative."""
+        embedded = self.embedding(symbols.clamp(min=0)) * (symbols >= 0).unsqueeze(-1)
+        return self.embedding_balancer(embedded)
 
 
 def with_start(symbols: Tensor, blank: int = 0) -> Tensor:

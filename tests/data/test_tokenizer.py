@@ -121,6 +121,35 @@ def test_ids_that_are_no_symbols_of_a_text_are_refused(token: int) -> None:
         trained("bpe").decode([3, token])
 
 
+def test_word_numbers_gather_the_tokens_of_each_word(tokenizer: Tokenizer) -> None:
+    for _, text in some_texts(seed=2):
+        ids = tokenizer.encode(text)
+        numbers = tokenizer.word_numbers(ids)
+        words = text.split()
+        assert len(numbers) == len(ids) and set(numbers) - {-1} == set(range(len(words)))
+        for number, word in enumerate(words):
+            assert tokenizer.decode(token for token, of in zip(ids, numbers, strict=True) if of == number) == word
+        assert tokenizer.decode(token for token, of in zip(ids, numbers, strict=True) if of == -1) == ""
+
+
+def test_word_numbers_follow_what_decode_makes_of_any_tokens(tokenizer: Tokenizer) -> None:
+    draw = random.Random(3)
+    for length in range(40):
+        ids = [draw.randrange(1, tokenizer.vocab_size) for _ in range(length)]
+        numbers, words = tokenizer.word_numbers(ids), tokenizer.decode(ids).split()
+        for number, word in enumerate(words):
+            assert tokenizer.decode(token for token, of in zip(ids, numbers, strict=True) if of == number) == word
+        assert max(numbers, default=-1) == len(words) - 1
+
+
+def test_delimiters_are_part_of_no_word() -> None:
+    letters = LetterTokenizer("abc", NormalizationConfig())
+    delimiter, a, b = 2, 3, 4
+    assert letters.word_numbers([delimiter, a, b, delimiter, delimiter, b, letters.unk, delimiter]) == [-1, 0, 0, -1, -1, 1, 1, -1]
+    with pytest.raises(ValueError, match="token id 0"):
+        letters.word_numbers([a, 0])
+
+
 def test_normalisation_composes_squeezes_and_changes_case() -> None:
     assert NormalizationConfig()("  e\u0301a\t b\u00a0c\n") == "éa b c"
     assert NormalizationConfig("upper")("straße e\u0301") == "STRASSE É"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from k2ssl.decode import transducer
+from k2ssl.decode import transducer, transducer_history
 from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.transducer import greedy_search, modified_beam_search
 from k2ssl.models.predictor import Joiner, JoinerConfig, Predictor, PredictorConfig
@@ -161,17 +162,40 @@ def test_frames_name_a_place_for_every_token_in_rising_order() -> None:
         assert best.score == pytest.approx(greedy.score, abs=1e-4)
 
 
-def test_utterances_do_not_influence_each_other() -> None:
+@pytest.mark.parametrize("skip_unchanged", [True, False])
+@pytest.mark.parametrize("max_symbols", [1, 2, 5])
+def test_greedy_utterances_do_not_influence_each_other(monkeypatch, agreement, max_symbols: int, skip_unchanged: bool) -> None:
+    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: skip_unchanged)
     networks = golden_networks()
-    greedy = greedy_search(*networks, ENCODER_OUT, LENS, max_symbols_per_frame=2)
-    beams = modified_beam_search(*networks, ENCODER_OUT, LENS, beam=5, num_hypotheses=5)
+
+    def search(encoder_out: Tensor, lens: Tensor) -> list[list[Hypothesis]]:
+        return [[found] for found in greedy_search(*networks, encoder_out, lens, max_symbols, blank_penalty=1.0)]
+
+    nearness = furthest_from_the_batch(search)
+    agreement.note("transducer greedy, score alone, reordered or padded, nats", nearness, 2e-5)
+
+
+@pytest.mark.parametrize("skip_unchanged", [True, False])
+def test_beams_of_utterances_do_not_influence_each_other(monkeypatch, agreement, skip_unchanged: bool) -> None:
+    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: skip_unchanged)
+    networks = golden_networks()
+    nearness = furthest_from_the_batch(lambda frames, lens: modified_beam_search(*networks, frames, lens, beam=5, num_hypotheses=5))
+    agreement.note("transducer beam 5, score alone, reordered or padded, nats", nearness, 2e-5)
+
+
+def furthest_from_the_batch(search: Callable[[Tensor, Tensor], list[list[Hypothesis]]]) -> float:
+    """Asserts that tokens and frames are the same alone, in another order and with more padding; the largest difference of a score."""
+    together = search(ENCODER_OUT, LENS)
+    order = torch.tensor([2, 0, 3, 1])
+    reordered = search(ENCODER_OUT[order], LENS[order])
+    padded = search(torch.cat([ENCODER_OUT, torch.full((4, 9, ENCODER_OUT.shape[2]), 1e4)], dim=1), LENS)
+    furthest = 0.0
     for n, length in enumerate(LENS.tolist()):
-        alone, own_len = ENCODER_OUT[n : n + 1, :length], LENS[n : n + 1]
-        (greedy_alone,) = greedy_search(*networks, alone, own_len, max_symbols_per_frame=2)
-        (beam_alone,) = modified_beam_search(*networks, alone, own_len, beam=5, num_hypotheses=5)
-        for in_batch, by_itself in zip([greedy[n], *beams[n]], [greedy_alone, *beam_alone], strict=True):
-            assert (in_batch.tokens, in_batch.frames) == (by_itself.tokens, by_itself.frames)
-            assert in_batch.score == pytest.approx(by_itself.score, abs=1e-4)
+        (alone,) = search(ENCODER_OUT[n : n + 1, :length], LENS[n : n + 1])
+        for other in (alone, reordered[order.tolist().index(n)], padded[n]):
+            assert [(h.tokens, h.frames) for h in other] == [(h.tokens, h.frames) for h in together[n]]
+            furthest = max(furthest, *(abs(mine.score - its.score) for mine, its in zip(together[n], other, strict=True)))
+    return furthest
 
 
 def test_blank_penalty_and_its_opposite_move_the_number_of_tokens() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 
+import kaldialign
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from k2ssl.decode.wer import ErrorCounts, bootstrap_interval, count_errors, error_report, split
+from k2ssl.decode.wer import ErrorCounts, align, bootstrap_interval, count_errors, error_report, resampled_rates, split
 
 WORDS = ["a", "b", "c", "über", "it's"]
 
@@ -47,6 +50,34 @@ def test_errors_are_those_of_a_plain_alignment(unit) -> None:
         assert counts.reference == len(split(reference, unit))
         total += counts.errors
     assert total > 500
+
+
+sentences = st.lists(st.sampled_from("ab"), max_size=8) | st.lists(st.sampled_from(WORDS), max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(sentences, sentences)
+def test_errors_are_divided_as_kaldialign_does(reference: list[str], hypothesis: list[str]) -> None:
+    theirs = kaldialign.edit_distance(reference, hypothesis)
+    counts = count_errors(" ".join(reference), " ".join(hypothesis))
+    assert (counts.substitutions, counts.insertions, counts.deletions) == (theirs["sub"], theirs["ins"], theirs["del"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(sentences, sentences)
+def test_an_alignment_holds_both_texts_and_the_errors_that_are_counted(reference: list[str], hypothesis: list[str]) -> None:
+    pairs = align(reference, hypothesis)
+    assert [left for left, _ in pairs if left is not None] == reference
+    assert [right for _, right in pairs if right is not None] == hypothesis
+    inserted = sum(left is None for left, _ in pairs)
+    deleted = sum(right is None for _, right in pairs)
+    substituted = sum(left != right for left, right in pairs) - inserted - deleted
+    assert (None, None) not in pairs
+    assert count_errors(" ".join(reference), " ".join(hypothesis)) == ErrorCounts(substituted, inserted, deleted, len(reference))
+
+
+def test_an_alignment_keeps_words_that_look_like_signs_for_nothing() -> None:
+    assert align(["*", "<eps>", "a"], ["*", "a", "-"]) == [("*", "*"), ("<eps>", None), ("a", "a"), (None, "-")]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +137,30 @@ def test_the_interval_does_not_depend_on_how_many_draws_are_held_at_a_time(monke
     whole = bootstrap_interval(errors, lengths)
     monkeypatch.setattr("k2ssl.decode.wer._CELLS", 35)
     assert bootstrap_interval(errors, lengths) == whole
+
+
+def test_the_interval_does_not_depend_on_the_order_of_the_utterances() -> None:
+    errors, lengths = [0, 1, 2, 0, 5, 1], [3, 4, 5, 1, 9, 4]
+    order = [3, 5, 0, 1, 4, 2]
+    assert bootstrap_interval([errors[i] for i in order], [lengths[i] for i in order]) == bootstrap_interval(errors, lengths)
+
+
+def test_the_interval_holds_the_true_rate_in_95_of_100_corpora() -> None:
+    draw = np.random.default_rng(5)
+    held = 0
+    for seed in range(400):
+        lengths = draw.integers(3, 9, 150)
+        errors = draw.binomial(lengths, draw.beta(1, 9, 150))  # utterances differ in how hard they are; a word is wrong with 0.1
+        low, high = bootstrap_interval(errors.tolist(), lengths.tolist(), seed)
+        held += low <= 0.1 <= high
+    assert 0.95 - 3 * 0.011 <= held / 400 <= 0.95 + 3 * 0.011  # 0.011: deviation of a share of 400
+
+
+def test_a_draw_takes_as_many_utterances_as_there_are_each_as_likely_as_another() -> None:
+    rates = resampled_rates([1, 0, 0, 0], [1, 1, 1, 1], draws=20_000, seed=2)
+    shares = [np.mean(rates == k / 4) for k in range(5)]
+    expected = [0.75**4, 4 * 0.25 * 0.75**3, 6 * 0.25**2 * 0.75**2, 4 * 0.25**3 * 0.75, 0.25**4]
+    assert len(rates) == 20_000 and shares == pytest.approx(expected, abs=0.012)
 
 
 def test_draws_of_empty_references_alone_are_drawn_again() -> None:

@@ -1,0 +1,255 @@
+"""Beam search with the flashlight-text package, for words of a lexicon or without one, with an n-gram that KenLM reads.
+
+The package is an extra; it searches on the CPU, one utterance after the other. With an n-gram over words it is the search of published CTC
+results; without a lexicon and a language model it finds what `prefix_beam_search` finds when both keep enough hypotheses.
+
+Source: Pratap et al. 2019, arXiv 1812.07625 (wav2letter++). Upstream: torchaudio's and fairseq's decoders, which wrap the same package.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from k2ssl.decode.alignment import token_begins
+from k2ssl.decode.ctc import check_log_probs
+from k2ssl.decode.hypotheses import Hypothesis
+
+PIP_LINE = 'pip install "flashlight-text>=0.0.7"'
+Lexicon = Mapping[str, Sequence[Sequence[str]]]
+
+_NEVER = -1e8  # log-probability of what cannot be; finite, since the package takes differences
+_OTHER = "(none of these)"  # what is none of the words, or none of the pieces
+_DATA_MARK = b"\\data\\"
+_KENLM_BINARY = b"mmap lm http://kheafield.com/code"
+
+
+@dataclass(frozen=True)
+class FlashlightConfig:
+    """Settings of the search.
+
+    Attributes:
+        beam: hypotheses kept; one that ends in blank and one that ends in a token count apart.
+        beam_tokens: the most probable tokens of a frame that may be added; none: all.
+        beam_threshold: hypotheses that are worse than the best by more nats than this are dropped.
+        lm_scale: weight of the language model's natural logarithms; without a model it has no effect.
+        word_score: added for each word of a lexicon; positive values make for more words.
+        delimiter: the piece between words, such as "|", for a lexicon spelled with it; none where pieces hold the mark of a word.
+        log_add: add the probabilities of equal hypotheses up; otherwise the best alignment counts.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    beam: int = 100
+    beam_tokens: int | None = None
+    beam_threshold: float = 50.0
+    lm_scale: float = 1.0
+    word_score: float = 0.0
+    delimiter: str = ""
+    log_add: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("beam", "beam_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"FlashlightConfig: {name} is {value}, a whole number >= 1 is needed")
+        if not self.beam_threshold > 0:
+            raise ValueError(f"FlashlightConfig: beam_threshold is {self.beam_threshold}, a number > 0 is needed")
+        if not (math.isfinite(self.lm_scale) and self.lm_scale >= 0):
+            raise ValueError(f"FlashlightConfig: lm_scale is {self.lm_scale}, a finite number >= 0 is needed")
+        if not math.isfinite(self.word_score):
+            raise ValueError(f"FlashlightConfig: word_score is {self.word_score}, a finite number is needed")
+
+
+def spellings(words: Iterable[str], encode: Callable[[str], Sequence[int]], pieces: Sequence[str], delimiter: str = "") -> Lexicon:
+    """A lexicon of words as a tokenizer spells them.
+
+    Args:
+        words: what may be recognised; repetitions are dropped.
+        encode: word to token ids, as `Tokenizer.encode`.
+        pieces: the text of every id.
+        delimiter: as in `FlashlightConfig`: the piece that ends every word.
+    """
+    ending = [delimiter] if delimiter else []
+    return {word: [[*(pieces[token] for token in encode(word)), *ending]] for word in words}
+
+
+class FlashlightSearch:
+    """The search, ready for any number of utterances.
+
+    Args:
+        config: its settings.
+        pieces: the text of every token id, blank included.
+        blank: blank's id.
+        lexicon: the words that may be recognised, with their spellings in pieces; None: any sequence of pieces. Spelled without a delimiter,
+            a word's last piece counts in one frame only, as this package has it; alignments in which it lasts longer are left out.
+        lm: ARPA or KenLM binary file, over the lexicon's words, or without a lexicon over pieces; None: no language model.
+
+    Raises:
+        ValueError: the package is not installed; a delimiter or a spelling that is not made of pieces; an empty lexicon, or a word score
+            without one; a language model that cannot be read or knows none of the words.
+    """
+
+    def __init__(self, config: FlashlightConfig, pieces: Sequence[str], blank: int, lexicon: Lexicon | None = None, lm: str | None = None):
+        self.config, self.blank, self.vocab_size = config, blank, len(pieces)
+        ids = {piece: token for token, piece in enumerate(pieces) if token != blank}
+        if config.delimiter and config.delimiter not in ids:
+            raise ValueError(f"FlashlightConfig: delimiter is {config.delimiter!r}, which is none of the {len(pieces)} pieces")
+        if lexicon is not None and not lexicon:
+            raise ValueError("lexicon: it has no words, at least one is needed")
+        if lexicon is None and config.word_score:
+            raise ValueError(f"FlashlightConfig: word_score is {config.word_score}, which has no effect without a lexicon")
+        # the package lets silence pass between words; where pieces know no delimiter, that is a class of its own that never occurs
+        self._silence = ids[config.delimiter] if config.delimiter else len(pieces)
+        self._ends_words = lexicon is not None and bool(config.delimiter)
+        decoder = _package()
+        words = [*(pieces if lexicon is None else lexicon), _OTHER]
+        model = (
+            decoder.ZeroLM()
+            if lm is None
+            else _read_lm(lm, words, [word for word in (ids if lexicon is None else lexicon) if word != "<unk>"])
+        )
+        if lexicon is None:
+            self._decoder = decoder.LexiconFreeDecoder(self._options(decoder, lexicon), model, self._silence, blank, [])
+        else:
+            trie = self._trie(decoder, lexicon, ids, model)
+            self._decoder = decoder.LexiconDecoder(
+                self._options(decoder, lexicon), trie, model, self._silence, blank, len(lexicon), [], False
+            )
+        self._model = model  # the package does not keep it alive
+
+    @torch.no_grad()
+    def search(self, log_probs: Tensor, lens: Tensor, num_hypotheses: int = 1) -> list[list[Hypothesis]]:
+        """The best hypotheses of each utterance.
+
+        Args:
+            log_probs: (N, T, V) log-probabilities.
+            lens: (N,) int64 CPU, frames of each utterance.
+            num_hypotheses: how many to return per utterance, 1..beam.
+
+        Returns:
+            Best first; fewer than asked for where fewer differ. A score is log-probability + lm_scale * that of the language model +
+            word_score * words; frames are those where each token begins in its most probable alignment.
+
+        Raises:
+            ValueError: shapes, dtypes or lengths that do not fit.
+        """
+        check_log_probs("FlashlightSearch", log_probs, lens, self.blank)
+        if log_probs.shape[2] != self.vocab_size:
+            raise ValueError(f"FlashlightSearch: log_probs has {log_probs.shape[2]} classes, there are {self.vocab_size} pieces")
+        if not 1 <= num_hypotheses <= self.config.beam:
+            raise ValueError(f"FlashlightSearch: num_hypotheses is {num_hypotheses}, allowed are 1..{self.config.beam} (beam)")
+        values = log_probs.float().cpu()
+        return [self._search_one(values[n, :length], num_hypotheses) for n, length in enumerate(lens.tolist())]
+
+    def _search_one(self, log_probs: Tensor, num_hypotheses: int) -> list[Hypothesis]:
+        emissions = torch.full((len(log_probs) + self._ends_words, self.vocab_size + 1), _NEVER)
+        emissions[: len(log_probs), :-1] = log_probs.clamp(min=_NEVER)
+        if self._ends_words:  # a frame that ends the last word, for models whose transcripts do not end in a delimiter
+            emissions[-1, self._silence] = 0.0
+        if not len(emissions):
+            return [Hypothesis((), 0.0)]
+        found: dict[tuple[int, ...], float] = {}
+        for result in self._decoder.decode(emissions.data_ptr(), *emissions.shape):
+            # a place before the first frame and one behind the last, which tells how the end was reached
+            path = result.tokens[1 : 1 + len(log_probs)]
+            tokens = tuple(token for token, _ in groupby(path) if token != self.blank)
+            found.setdefault(tokens, result.score)  # words of the same spelling are one hypothesis
+            if len(found) == num_hypotheses:
+                break
+        transcripts, scores = list(found), list(found.values())
+        lens = torch.full((len(transcripts),), len(log_probs))
+        begins = token_begins(log_probs.expand(len(transcripts), -1, -1), lens, transcripts, self.blank)
+        return [Hypothesis(*parts) for parts in zip(transcripts, scores, begins, strict=True)]
+
+    def _options(self, decoder: Any, lexicon: Lexicon | None) -> Any:
+        config = self.config
+        options = {
+            "beam_size": config.beam,
+            "beam_size_token": config.beam_tokens or self.vocab_size + 1,
+            "beam_threshold": min(config.beam_threshold, -_NEVER / 2),
+            "lm_weight": config.lm_scale * math.log(10.0),  # KenLM's logarithms are decimal
+            "sil_score": 0.0,
+            "log_add": config.log_add,
+            "criterion_type": decoder.CriterionType.CTC,
+        }
+        if lexicon is None:
+            return decoder.LexiconFreeDecoderOptions(**options)
+        return decoder.LexiconDecoderOptions(**options, word_score=config.word_score, unk_score=-math.inf)
+
+    def _trie(self, decoder: Any, lexicon: Lexicon, ids: Mapping[str, int], model: Any) -> Any:
+        trie = decoder.Trie(self.vocab_size + 1, self._silence)
+        start = model.start(False)
+        for number, (word, ways) in enumerate(lexicon.items()):
+            _, score = model.score(start, number)
+            for spelling in ways:
+                if not spelling:
+                    raise ValueError(f"lexicon: {word!r} has an empty spelling")
+                if unknown := [piece for piece in spelling if piece not in ids]:
+                    raise ValueError(
+                        f"lexicon: the spelling of {word!r} holds {unknown[0]!r}, which is none of the {self.vocab_size} pieces"
+                    )
+                if self._ends_words and list(spelling[-1:]) != [self.config.delimiter]:
+                    raise ValueError(f"lexicon: the spelling of {word!r} does not end with the delimiter {self.config.delimiter!r}")
+                trie.insert([ids[piece] for piece in spelling], number, score)
+        trie.smear(decoder.SmearingMode.MAX)
+        return trie
+
+
+def _package() -> Any:
+    try:
+        from flashlight.lib.text import decoder
+    except ImportError as error:
+        raise ValueError(f"this search takes the package flashlight-text, which is not installed: {PIP_LINE}") from error
+    return decoder
+
+
+def _read_lm(path: str, words: Sequence[str], needed: Sequence[str]) -> Any:
+    """The model, which numbers `words` as they come here; it must know at least one of those that are `needed`."""
+    from flashlight.lib.text.decoder.kenlm import KenLM
+    from flashlight.lib.text.dictionary import Dictionary
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: there is no such file")
+    with tempfile.NamedTemporaryFile(suffix=".arpa") as copy:
+        known = _unigrams(path, copy)
+        if known is not None and known.isdisjoint(needed):
+            named = ", ".join(map(repr, needed[:3]))
+            raise ValueError(
+                f"{path}: this language model is of another vocabulary: of {len(needed)} words, such as {named}, it knows none"
+            )
+        try:
+            return KenLM(path if known is None else copy.name, Dictionary(list(words)))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: KenLM cannot read this language model: {' '.join(str(error).split())}") from error
+
+
+def _unigrams(path: str, copy: IO[bytes]) -> set[str] | None:
+    """The words of an ARPA file, which is written to `copy` without what stands before its data; None: the file is binary."""
+    words: set[str] = set()
+    section = b""
+    with open(path, "rb") as lines:
+        if lines.read(len(_KENLM_BINARY)) == _KENLM_BINARY:
+            return None
+        lines.seek(0)
+        for line in lines:
+            stripped = line.strip()
+            if stripped.startswith(b"\\") and (section or stripped == _DATA_MARK):
+                section = stripped
+            if section:
+                copy.write(line)
+            if section == b"\\1-grams:" and len(columns := stripped.split()) > 1:
+                words.add(columns[1].decode(errors="replace"))
+    copy.flush()
+    if not section:
+        raise ValueError(f"{path}: neither an ARPA file nor one of KenLM's binary files")
+    return words
