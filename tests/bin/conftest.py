@@ -1,15 +1,18 @@
-"""A corpus of synthetic sounds with labels, and the command that pre-trains a tiny model on it."""
+"""A corpus of synthetic sounds with labels and the command that pre-trains a tiny model on it; and a tiny model that reads words of tones."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import soundfile
 
+from k2ssl.bin import finetune
 from k2ssl.data.cuts import read_cuts
 from k2ssl.data.labels import LabelShardWriter, Lineage, cut_list_hash, merge_shards
 from k2ssl.data.prepare_cuts import prepare_folder
@@ -91,3 +94,52 @@ class Sounds:
 @pytest.fixture(scope="session")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Sounds:
     return Sounds(tmp_path_factory.mktemp("sounds"))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A tiny model with both heads that has learnt to read words of tones, see `Words` in test_finetune.py.
+
+    Attributes:
+        words: its corpus, of which split "valid" was not trained on.
+        checkpoints: of steps 40 and 80; the second one reads well.
+    """
+
+    words: Any
+    checkpoints: tuple[Path, Path]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.checkpoints[-1]
+
+    def texts(self, split: str = "valid") -> list[str]:
+        return [cut.supervisions[0].text for cut in read_cuts(self.words.cuts(split))]
+
+    def audio(self, number: int, split: str = "valid") -> Path:
+        return self.words.folder / f"{split}{number:02d}.wav"
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    spec = importlib.util.spec_from_file_location("words_of_tones", Path(__file__).with_name("test_finetune.py"))
+    assert spec is not None and spec.loader is not None
+    tones = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tones)
+    folder = tmp_path_factory.mktemp("reader")
+    words = tones.Words(folder)
+    (folder / "tiny.toml").write_text(f'{tones.TINY}cuts = ["{words.cuts("train")}"]\n')
+    options = ["--model.heads", "both", "--model.ctc-scale", "1", "--model.output-downsampling", "2", "--model.warmup-steps", "20"]
+    options += ["--trainer.batch.seconds-per-micro-batch", "20", "--trainer.valid-every", "0", "--preflight.run", "False"]
+    options += [
+        "--trainer.log-every",
+        "40",
+        "--trainer.keep.save-every",
+        "40",
+        "--trainer.keep.keep-last",
+        "9",
+        "--trainer.max-steps",
+        "80",
+    ]
+    assert finetune.main(words.command(folder / "run", *options)) == 0
+    one, two = (folder / f"run/checkpoints/step-{step:09d}.pt" for step in (40, 80))
+    return Reader(words, (one, two))

@@ -1,0 +1,154 @@
+"""Audio files of any length: read as one channel at one rate, cut into windows that overlap, and what was heard in these put together."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from k2ssl.bin.decode_methods import Recognizer
+from k2ssl.data.audio import normalized
+from k2ssl.decode.hypotheses import Hypothesis
+
+_log = logging.getLogger(__name__)
+
+STDIN = "-"
+
+
+class AudioReader:
+    """Reads whole files; what it changes is said once.
+
+    Args:
+        sample_rate: Hz, of the samples wanted.
+        normalize: bring every recording to zero mean and unit variance.
+    """
+
+    def __init__(self, sample_rate: int, normalize: bool) -> None:
+        self.sample_rate = sample_rate
+        self.normalize = normalize
+        self._said: set[str] = set()
+
+    def read(self, path: str) -> Tensor:
+        """(S,) float32 samples of a file, or of standard input for "-".
+
+        Raises:
+            ValueError: there is no such file, it is no audio that can be read, it is empty, or holds values that are not finite; names it.
+        """
+        from lhotse.augmentation import Resample
+
+        samples, rate = _read(path)
+        if not samples.size:
+            raise ValueError(f"{path}: holds no audio")
+        if not np.isfinite(samples).all():
+            raise ValueError(f"{path}: holds samples that are not finite numbers")
+        if len(samples) > 1:
+            self._say_once("channels", f"{path} has {len(samples)} channels; of such files the mean of all channels is taken")
+            samples = samples.mean(axis=0, keepdims=True)
+        if rate != self.sample_rate:
+            self._say_once(f"{rate} Hz", f"{path} is at {rate} Hz; such files are resampled to {self.sample_rate} Hz")
+            samples = Resample(rate, self.sample_rate)(samples)
+        return torch.from_numpy(normalized(samples[0]) if self.normalize else samples[0])
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            _log.warning(message)
+
+
+def _read(path: str) -> tuple[np.ndarray, int]:
+    """(channels, samples) float32, and the rate."""
+    from lhotse.audio.backend import read_audio
+
+    if path != STDIN and not Path(path).is_file():
+        raise ValueError(f"{path}: {'this is a folder, not a file' if Path(path).is_dir() else 'there is no such file'}")
+    try:
+        samples, rate = read_audio(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else path)
+    except Exception as error:  # every library behind lhotse has its own
+        raise ValueError(f"{'standard input' if path == STDIN else path}: is no audio that can be read") from error
+    return np.atleast_2d(np.asarray(samples, dtype=np.float32)), int(rate)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a recording, in samples; `begin_frame` is the number, in the recording, of its first frame."""
+
+    begin: int
+    end: int
+    begin_frame: int
+
+
+def windows(num_samples: int, window: int, overlap: int, samples_per_frame: int) -> list[Window]:
+    """Stretches of `window` samples that overlap by `overlap`, rounded so that their frames are frames of the whole recording.
+
+    A recording that is no longer than a window is one; the last may be shorter, but is longer than the overlap.
+    """
+    step = max(1, (window - overlap) // samples_per_frame) * samples_per_frame
+    begins = range(0, max(1, num_samples - window + step), step)
+    return [Window(begin, min(begin + window, num_samples), begin // samples_per_frame) for begin in begins]
+
+
+def recognize(audio: Tensor, recognizer: Recognizer, window_seconds: float, overlap_seconds: float, batch: int) -> Hypothesis:
+    """What is said in a recording; frames count from its beginning.
+
+    Args:
+        audio: (S,) samples.
+        recognizer: gives the frames of its tokens.
+        window_seconds, overlap_seconds: longer recordings are cut into such windows.
+        batch: windows that are recognised at a time.
+    """
+    trained = recognizer.trained
+    per_frame = round(trained.seconds_per_frame * trained.sample_rate)
+    window, overlap = round(window_seconds * trained.sample_rate), round(overlap_seconds * trained.sample_rate)
+    parts = windows(len(audio), window, overlap, per_frame)
+    heard = [found for chosen in _chunks(parts, batch) for found in _recognize(audio, chosen, recognizer)]
+    return joined(parts, heard, per_frame)
+
+
+def joined(parts: Sequence[Window], heard: Sequence[Hypothesis], samples_per_frame: int) -> Hypothesis:
+    """The hypotheses of neighbouring windows as one: of each overlap the earlier window has the tokens up to a seam, the later one the others.
+
+    The seam is laid where both are silent longest, so that no word is cut in two, but in the middle half of the overlap, since a window
+    hears worse at its ends. The score is the sum of all windows.
+    """
+    times = [[part.begin_frame + frame for frame in found.frames] for part, found in zip(parts, heard, strict=True)]
+    seams = [0.0]
+    for number in range(len(parts) - 1):
+        begin, end = parts[number + 1].begin_frame, parts[number].end // samples_per_frame
+        quarter = (end - begin) / 4
+        seams.append(_seam([*times[number], *times[number + 1]], begin + quarter, end - quarter))
+    seams.append(float("inf"))
+    kept = [
+        (token, frame)
+        for number, found in enumerate(heard)
+        for token, frame in zip(found.tokens, times[number], strict=True)
+        if seams[number] <= frame < seams[number + 1]
+    ]
+    return Hypothesis(tuple(token for token, _ in kept), sum(found.score for found in heard), tuple(frame for _, frame in kept))
+
+
+def _seam(times: Sequence[int], begin: float, end: float) -> float:
+    """The middle of the longest stretch of begin..end without a token; of several, of the one that is nearest to the middle."""
+    edges = [begin, *sorted(time for time in times if begin < time < end), end]
+    gaps = [(right - left, -abs(left + right - begin - end), (left + right) / 2) for left, right in pairwise(edges)]
+    return max(gaps)[2]
+
+
+def _recognize(audio: Tensor, parts: Sequence[Window], recognizer: Recognizer) -> Iterator[Hypothesis]:
+    lens = torch.tensor([part.end - part.begin for part in parts])
+    rows = torch.zeros(len(parts), int(lens.max()))
+    for row, part in zip(rows, parts, strict=True):
+        row[: part.end - part.begin] = audio[part.begin : part.end]
+    for found in recognizer.hypotheses(rows, lens):
+        yield found[0]
+
+
+def _chunks(parts: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
+    return (parts[begin : begin + size] for begin in range(0, len(parts), size))

@@ -1,0 +1,235 @@
+"""The program transcribe: long recordings put together from windows, any audio, formats that can be read back, files that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from k2ssl.bin import transcribe
+from k2ssl.bin.transcribe_audio import AudioReader, Window, joined, windows
+from k2ssl.bin.transcribe_formats import Transcript, captions, formatted
+from k2ssl.decode.hypotheses import Hypothesis
+from k2ssl.decode.results import Word
+from k2ssl.models.asr import AsrConfig, AsrModel
+from k2ssl.models.load import config_to_dict
+
+PER_FRAME = 640  # samples
+WINDOWS = ("--window-seconds", "3", "--overlap-seconds", "1", "--batch-windows", "2")
+
+
+@pytest.fixture
+def run(reader: Any, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the program and returns what it wrote to standard output."""
+
+    def do(*arguments: str | Path, status: int = 0) -> str:
+        assert transcribe.main([str(reader.checkpoint), *map(str, arguments), "--device", "cpu"]) == status
+        captured = capsys.readouterr()
+        do.error = captured.err  # type: ignore[attr-defined]
+        return captured.out
+
+    return do
+
+
+def join(reader: Any, path: Path, numbers: Sequence[int]) -> list[str]:
+    """A recording of these utterances, one after the other; returns their words."""
+    soundfile.write(path, np.concatenate([soundfile.read(reader.audio(number))[0] for number in numbers]), 16000)
+    return " ".join(reader.texts()[number] for number in numbers).split()
+
+
+@pytest.mark.parametrize("method", ["ctc-greedy", "ctc-prefix-beam", "greedy", "modified-beam"])
+def test_a_long_recording_has_the_words_of_the_utterances_that_it_is_made_of(
+    reader: Any, run: Callable[..., str], tmp_path: Path, method: str
+) -> None:
+    numbers = [*range(10), *range(10)]
+    spoken = join(reader, tmp_path / "long.wav", numbers)
+    alone = run(*(reader.audio(number) for number in numbers[:10]), "--method", method).split()
+    content = json.loads(run(tmp_path / "long.wav", "--method", method, "--format", "json", *WINDOWS))
+    heard = content["text"].split()
+    assert content["duration"] > 20 and len(spoken) == 50
+    assert sum(one != two for one, two in zip(alone, spoken, strict=False)) <= 1
+    assert len(heard) == 50 and sum(one != two for one, two in zip(heard, [*alone, *alone], strict=True)) <= 2
+    times = [(begin, end) for _, begin, end in content["words"]]
+    assert all(begin < end for begin, end in times) and all(one[1] <= two[0] for one, two in pairwise(times))
+    starts = np.cumsum([0, *(soundfile.info(reader.audio(number)).duration for number in numbers)])
+    firsts = np.cumsum([0, *(len(reader.texts()[number].split()) for number in numbers)])
+    assert all(0 <= times[firsts[i]][0] - starts[i] <= 0.3 for i in range(20)), "words lie where their utterance begins"
+
+
+@pytest.mark.parametrize("window", [48000, 48100])
+def test_windows_cover_a_recording_and_begin_with_frames_of_the_whole(window: int) -> None:
+    for length in (0, 1, 48000, 48001, 63999, 64000, 64001, 500_123):
+        found = windows(length, window, 16000, PER_FRAME)
+        assert found[0].begin == 0 and found[-1].end == length
+        assert all(part.begin == part.begin_frame * PER_FRAME and part.end - part.begin <= window for part in found)
+        for one, two in pairwise(found):
+            assert 16000 <= one.end - two.begin <= 16000 + PER_FRAME and two.end > one.end
+    assert len(windows(window, window, 16000, PER_FRAME)) == 1 and len(windows(window + 1, window, 16000, PER_FRAME)) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tokens_that_neighbours_hear_alike_are_taken_once(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    parts = windows(400_000, 48000, 16000, PER_FRAME)
+    frames = np.flatnonzero(draw.random(400_000 // PER_FRAME) < 0.3).tolist()
+    heard = []
+    for part in parts:
+        own = [frame for frame in frames if part.begin_frame <= frame < part.end // PER_FRAME]
+        heard.append(Hypothesis(tuple(own), -1.0, tuple(frame - part.begin_frame for frame in own)))
+    whole = joined(parts, heard, PER_FRAME)
+    assert whole.tokens == whole.frames == tuple(frames) and whole.score == -len(parts)
+
+
+def test_a_seam_lies_in_the_longest_silence_of_the_middle_half_of_an_overlap() -> None:
+    parts = [Window(0, 100, 0), Window(60, 160, 60)]  # the overlap is 60..100, its middle half 70..90
+
+    def tokens(left: Iterable[int], right: Iterable[int]) -> list[int]:
+        """Frames of what is kept, those of the right window negative."""
+        heard = [
+            Hypothesis(tuple(left), 0.0, tuple(left)),
+            Hypothesis(tuple(-frame for frame in right), 0.0, tuple(frame - 60 for frame in right)),
+        ]
+        return list(joined(parts, heard, 1).tokens)
+
+    # both hear tokens near 72, 74 and 88, but a frame apart: the seam is far from all of them, at 81.5
+    assert tokens([10, 72, 74, 88], [73, 75, 89, 150]) == [10, 72, 74, -89, -150]
+    # a word that straddles the middle of the overlap is taken whole from one of them
+    assert tokens([10, 76, 78, 80, 82], [77, 79, 81, 83, 150]) == [10, 76, 78, 80, 82, -150]
+    # at its ends a window is not believed, whatever the silence there
+    assert tokens([10, 99], [61, 150]) == [10, -150]
+    speech = range(70, 90, 3)
+    assert tokens(speech, speech) == [70, 73, 76, 79, -82, -85, -88]
+    # where nobody pauses, near the middle, and nothing twice
+    assert tokens(range(60, 100), range(60, 100)) == [*range(60, 81), *range(-81, -100, -1)]
+
+
+def test_a_recording_may_have_any_rate_and_number_of_channels(reader: Any, run: Callable[..., str], tmp_path: Path) -> None:
+    audio, _ = soundfile.read(reader.audio(1))
+    time = np.arange(int(len(audio) * 44100 / 16000)) / 44100 * 16000
+    fast = np.interp(time, np.arange(len(audio)), audio)
+    for name in ("one", "two"):
+        soundfile.write(tmp_path / f"{name}.flac", np.stack([2 * fast, np.zeros(len(fast))], axis=1) * 0.5, 44100)
+    text = run(tmp_path / "one.flac", tmp_path / "two.flac")
+    assert text == f"{reader.texts()[1]}\n" * 2
+    samples = AudioReader(16000, True).read(str(tmp_path / "one.flac"))
+    assert samples.shape == audio.shape and samples.mean().abs() < 1e-6 and samples.std() == pytest.approx(1, abs=0.01)
+
+
+def test_what_is_done_to_audio_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    left, right = np.full(800, 0.5), np.full(800, -0.25)
+    for name in ("one", "two"):
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([left, right], axis=1), 8000)
+    reader = AudioReader(8000, False)
+    for name in ("one", "two"):
+        assert torch.allclose(reader.read(str(tmp_path / f"{name}.wav")), torch.full((800,), 0.125))
+    AudioReader(16000, False).read(str(tmp_path / "one.wav"))
+    assert [message.partition("one.wav ")[2].partition(";")[0] for message in caplog.messages] == [
+        "has 2 channels",
+        "has 2 channels",
+        "is at 8000 Hz",
+    ]
+
+
+def test_standard_input_is_read(reader: Any, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(reader.audio(1).read_bytes())))
+    assert run("-") == f"{reader.texts()[1]}\n"
+
+
+def test_files_that_cannot_be_read_are_named_and_the_others_are_done(
+    reader: Any, run: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "noise.wav").write_bytes(b"no audio")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    soundfile.write(tmp_path / "nan.wav", np.full(800, np.nan), 16000, subtype="FLOAT")
+    bad = [tmp_path / "noise.wav", tmp_path / "nowhere.wav", tmp_path / "empty.wav", tmp_path / "nan.wav", tmp_path]
+    assert run(reader.audio(0), *bad, reader.audio(1), status=1) == f"{reader.texts()[0]}\n{reader.texts()[1]}\n"
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    said = ("no audio that can be read", "there is no such file", "holds no audio", "not finite", "a folder, not a file")
+    assert all(f"{path}: " in error and words in error for path, words, error in zip(bad, said, errors, strict=True))
+    assert run.error.endswith("transcribe: 5 of 7 files could not be read, see above\n")  # type: ignore[attr-defined]
+
+
+def test_silence_and_too_little_audio_give_an_empty_text(run: Callable[..., str], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "short.wav", np.zeros(100), 16000)
+    assert run(tmp_path / "short.wav") == "\n"
+    assert run(tmp_path / "short.wav", "--format", "srt") == run(tmp_path / "short.wav", "--format", "ctm") == ""
+    assert json.loads(run(tmp_path / "short.wav", "--format", "json"))["words"] == []
+
+
+def test_subtitles_and_word_times_can_be_read_back(reader: Any, run: Callable[..., str], tmp_path: Path) -> None:
+    words = join(reader, tmp_path / "my talk.wav", range(10))
+    content = json.loads(run(tmp_path / "my talk.wav", "--format", "json", *WINDOWS))
+    ctm = [line.split() for line in run(tmp_path / "my talk.wav", "--format", "ctm", *WINDOWS).splitlines()]
+    assert [[word, pytest.approx(float(b), abs=2e-3), pytest.approx(float(b) + float(d), abs=2e-3)] for _, _, b, d, word in ctm] == content[
+        "words"
+    ]
+    assert {(name, channel) for name, channel, *_ in ctm} == {("my_talk", "1")}
+    assert run(tmp_path / "my talk.wav", "--format", "srt", "--output", str(tmp_path / "out.srt"), *WINDOWS) == ""
+    blocks = (tmp_path / "out.srt").read_text().strip().split("\n\n")
+    clock = r"(\d\d):(\d\d):(\d\d),(\d{3})"
+    texts = []
+    for number, block in enumerate(blocks, start=1):
+        first, times, text = block.split("\n")
+        match = re.fullmatch(f"{clock} --> {clock}", times)
+        assert first == str(number) and match is not None
+        texts.append(text)
+    assert " ".join(texts) == content["text"] and len(content["text"].split()) == len(words) and len(blocks) > 1
+
+
+def test_captions_end_at_pauses_and_before_they_grow_too_long() -> None:
+    quick = [Word("abcdefghi", i * 0.1, i * 0.1 + 0.1) for i in range(20)]
+    assert [len(caption) for caption in captions(quick)] == [8, 8, 4]  # 8 words and the spaces between: 79 characters
+    slow = [Word("a", i * 1.0, i * 1.0 + 1.0) for i in range(10)]
+    assert [len(caption) for caption in captions(slow)] == [7, 3]
+    pause = [Word("a", 0.0, 0.5), Word("b", 1.4, 1.6), Word("c", 2.6, 3.0)]
+    assert [len(caption) for caption in captions(pause)] == [2, 1]
+    late = formatted(Transcript("x.wav", 4000.0, (Word("a", 3661.5, 3662.0),)), "srt")
+    assert late == "1\n01:01:01,500 --> 01:01:02,000\na\n\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["AUDIO", "AUDIO", "--format", "srt"], "format is 'srt', which is for one file, and audio names 2"),
+        (["-", "-"], "audio names standard input (-) more than once"),
+        (["AUDIO", "--search.nbest", "2"], "search.nbest is 2, which has no effect here"),
+        (["AUDIO", "--method", "greedy", "--search.beam", "2"], "search.beam is 2, which has no effect with method 'greedy'"),
+        (["AUDIO", "--search.max-symbols-per-frame", "2"], "which has no effect with method 'modified-beam'"),
+        (["AUDIO", "--overlap-seconds", "20"], "at most half of them"),
+        (["AUDIO", "--batch-windows", "0"], "batch_windows is 0"),
+        ([], "audio"),
+    ],
+)
+def test_wrong_settings_are_refused(run: Callable[..., str], reader: Any, options: list[str], said: str) -> None:
+    assert run(*(reader.audio(0) if option == "AUDIO" else option for option in options), status=2) == ""
+    assert said in run.error  # type: ignore[attr-defined]
+
+
+def test_a_model_without_a_transducer_is_searched_greedily(reader: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = AsrModel(AsrConfig.tiny(7, "ctc"))
+    tokenizer = torch.load(reader.checkpoint, weights_only=True)["tokenizer"]
+    torch.save({"config": config_to_dict(model.config), "model": model.state_dict(), "tokenizer": tokenizer}, tmp_path / "ctc.pt")
+    command = [str(tmp_path / "ctc.pt"), str(reader.audio(0)), "--device", "cpu"]
+    assert transcribe.main(command) == 0
+    assert transcribe.main([*command, "--method", "modified-beam"]) == 2
+    assert "the checkpoint has no transducer head" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_no_file(reader: Any, run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transcribe, "recognize", interrupted)
+    assert run(reader.audio(0), "--output", str(tmp_path / "out.txt"), status=130) == ""
+    assert not list(tmp_path.iterdir())
