@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -98,6 +98,8 @@ def run_alignment(job: Align) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(f"{os.environ['WORLD_SIZE']} processes were started, this program runs in one; give each a part of the manifests")
     output = Path(job.output)
+    if output.is_dir():
+        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
     if output.exists() and not job.overwrite:
         raise ConfigError(f"{output} exists; --overwrite True replaces it")
     writable_folder(output.parent)
@@ -184,6 +186,8 @@ def timed(found: Alignment, trained: TrainedModel, num_samples: int, unit: str) 
         if number >= 0:
             sums[number] += confidence * (end - begin)
             frames[number] += end - begin
+    seconds = round(num_samples / trained.sample_rate, 3)  # the last frame of a down-sampled output may reach beyond
+    words = tuple(replace(word, end=max(word.begin, min(word.end, seconds))) for word in words)
     return [(word, total / count) for word, total, count in zip(words, sums, frames, strict=True)]
 
 

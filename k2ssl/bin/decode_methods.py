@@ -19,11 +19,13 @@ from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.lm import NgramLm
 from k2ssl.decode.results import Word
 from k2ssl.decode.word_times import word_times
+from k2ssl.train.checkpoint import check_records
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
     from k2ssl.bin.decode_model import TrainedModel
     from k2ssl.data.tokenizer import Tokenizer
     from k2ssl.models.asr import AsrFrames
+    from k2ssl.models.language_model import LanguageModel
 
 Method = Literal["ctc-greedy", "ctc-prefix-beam", "ctc-lexicon-free", "ctc-lexicon", "greedy", "modified-beam"]
 T = TypeVar("T")
@@ -43,6 +45,8 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
         **{"context": None, "context_score": 2.0},
     },
 }
+_ZIP = b"PK\x03\x04"  # a checkpoint begins with it, even one that is cut short
+_TAKE_LM = "ctc-prefix-beam, modified-beam"  # those with a language model of ours
 _FILES = ("lm", "lexicon", "context")  # options that name files
 _NEEDS = {"lm_scale": "lm", "context_score": "context"}  # options that have an effect only with another
 
@@ -54,8 +58,8 @@ class SearchConfig:
     Attributes:
         beam: hypotheses kept per utterance; none: 4 for modified-beam, 10 for ctc-prefix-beam, 100 for the searches of flashlight.
         nbest: how many hypotheses are written per utterance, with their scores; none: only the best.
-        lm: language model, an ARPA file over the tokenizer's tokens; for ctc-lexicon over words, and for both searches of flashlight an
-            ARPA or binary file of KenLM.
+        lm: language model over the tokenizer's tokens, an ARPA file or a checkpoint of k2ssl.bin.train_lm; for both searches of flashlight
+            an ARPA or binary file of KenLM, for ctc-lexicon over words.
         lm_scale: weight of its natural logarithms; none: 0.3, for the searches of flashlight 1.
         max_symbols_per_frame: how many tokens a frame may emit; none: 1.
         blank_penalty: subtracted from blank's logit, nats; larger values mean fewer deletions; none: 0.
@@ -235,6 +239,10 @@ def _lexicon(options: Mapping[str, Any], trained: TrainedModel) -> Search:
 def _flashlight(options: Mapping[str, Any], trained: TrainedModel, lexicon: Lexicon | None, delimiter: str) -> Search:
     head, tokenizer = trained.model.ctc, trained.tokenizer
     assert head is not None
+    if options["lm"] is not None and _is_checkpoint(options["lm"]):
+        raise ValueError(
+            f"search.lm is {options['lm']}, a checkpoint; this method takes a file of KenLM, others take checkpoints: {_TAKE_LM}"
+        )
     settings = {name: options[name] for name in ("beam", "beam_tokens", "beam_threshold", "lm_scale", "word_score") if name in options}
     search = FlashlightSearch(FlashlightConfig(**settings, delimiter=delimiter), tokenizer.symbols, tokenizer.blank, lexicon, options["lm"])
     return lambda output: search.search(head(output.frames), output.lens, options["nbest"])
@@ -255,11 +263,30 @@ def _settings(options: Mapping[str, Any], trained: TrainedModel) -> dict[str, An
     settings = dict(options)
     settings["num_hypotheses"] = settings.pop("nbest")
     if (lm := settings.pop("lm")) is not None:
-        settings["lm"] = NgramLm.load(lm, trained.tokenizer.symbols).to(trained.device)
+        settings["lm"] = load_lm(lm, trained.tokenizer).to(trained.device)
     context, score = settings.pop("context", None), settings.pop("context_score", 0.0)
     if context is not None:
         settings["biasing"] = ContextGraph(read_phrases(context, trained.tokenizer), score).to(trained.device)
     return settings
+
+
+def load_lm(path: str, tokenizer: Tokenizer) -> NgramLm | LanguageModel:
+    """The language model of a file, whatever its name: a checkpoint of k2ssl.bin.train_lm, or an ARPA file, compressed with gzip or not.
+
+    Raises:
+        ValueError: the file is neither or damaged, or the model is of another tokenizer.
+    """
+    if not _is_checkpoint(path):
+        return NgramLm.load(path, tokenizer.symbols)
+    from k2ssl.models.language_model import load_language_model
+
+    check_records(path)
+    return load_language_model(path, tokenizer.sha256)
+
+
+def _is_checkpoint(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_ZIP)) == _ZIP
 
 
 def read_phrases(path: str, tokenizer: Tokenizer) -> list[list[int]]:

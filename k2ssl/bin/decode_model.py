@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from k2ssl.bin.model_averages import ModelFile, mean_of_models, mean_over_steps, open_model
 from k2ssl.config import ConfigError
 from k2ssl.data.label_format import file_sha256
 from k2ssl.data.tokenizer import Tokenizer, tokenizer_from_dict
 from k2ssl.models.asr import AsrFrames, AsrModel
-from k2ssl.models.load import Weights, config_to_dict, model_from, read_content, weights_in
-from k2ssl.train.averaging import average_of, average_over_range
+from k2ssl.models.load import Weights
 from k2ssl.train.checkpoint import check_records
 from k2ssl.train.precision import autocast
-from k2ssl.train.state import differences
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def load_trained(
     """The model of one checkpoint, or the average of several.
 
     Args:
-        checkpoints: training checkpoints of fine-tuning; of several the plain mean of the weights is taken.
+        checkpoints: training checkpoints of fine-tuning, or averages of k2ssl.bin.average; of several the plain mean of the weights is taken.
         weights: "raw", as the optimizer left them, or "average", the running average over all steps.
         after: with averaged weights of one checkpoint: the checkpoint after which the mean over steps begins.
         device: where the model shall be.
@@ -87,25 +85,28 @@ def load_trained(
     Raises:
         ValueError: a file that is damaged or no recognition model with a tokenizer, or models that do not belong together.
     """
-    for path in (*checkpoints, *([after] if after else [])):
+    paths = (*checkpoints, *([after] if after else []))
+    for path in paths:
         check_records(path)
-    first = read_content(checkpoints[0])
-    model = model_from(first, checkpoints[0], weights, of=AsrModel)
-    tokenizer = _tokenizer(first, checkpoints[0])
+    first = open_model(checkpoints[0], weights, AsrModel)
+    model = first.model
+    assert isinstance(model, AsrModel)
+    tokenizer = _tokenizer(first)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"{checkpoints[0]}: its model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}: they do not belong together"
+            f"{first.path}: its model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}: they do not belong together"
         )
-    what = "raw weights" if weights == "raw" else f"mean over steps 1 to {first['average']['step']}"
-    if after is not None:
-        mean, what = _over_range(after, checkpoints[0], first, model, tokenizer)
-        model.load_state_dict(mean)
-    elif len(checkpoints) > 1:
-        model.load_state_dict(_mean(checkpoints, weights, first, model, tokenizer))
+    what = "raw weights"
+    if len(checkpoints) > 1:
+        model.load_state_dict(mean_of_models(first, checkpoints[1:]))
         what = f"mean of the {weights} weights of {len(checkpoints)} checkpoints"
-    paths = (*checkpoints, *([after] if after else []))
+    elif weights == "average":
+        mean, what = mean_over_steps(after, first)
+        model.load_state_dict(mean)
+    if broken := [name for name, parameter in model.named_parameters() if not bool(parameter.isfinite().all())]:
+        raise ValueError(f"{checkpoints[0]}: {broken[0]} holds numbers that are not finite; has its training diverged?")
     sha256 = {path: file_sha256(Path(path)) for path in paths}
-    return TrainedModel(model.to(device).eval().requires_grad_(False), tokenizer, _normalizes(first), what, sha256, precision)
+    return TrainedModel(model.to(device).eval().requires_grad_(False), tokenizer, bool(first.normalizes), what, sha256, precision)
 
 
 def check_checkpoints(checkpoints: tuple[str, ...], weights: Weights, after: str | None) -> None:
@@ -127,42 +128,7 @@ def check_checkpoints(checkpoints: tuple[str, ...], weights: Weights, after: str
         raise ConfigError("checkpoints: one is given twice, different ones are needed")
 
 
-def _tokenizer(content: Mapping[str, Any], path: str) -> Tokenizer:
-    if "tokenizer" not in content:
-        raise ValueError(f"{path}: holds no tokenizer; a checkpoint of k2ssl.bin.finetune is needed")
-    return tokenizer_from_dict(content["tokenizer"], f"{path}: tokenizer")
-
-
-def _normalizes(content: Mapping[str, Any]) -> bool:
-    """Whether the run that wrote the checkpoint normalised its audio."""
-    job = content.get("job")
-    data = job.get("data") if isinstance(job, Mapping) else None
-    return bool(data.get("normalize", False)) if isinstance(data, Mapping) else False
-
-
-def _over_range(after: str, end: str, content: Mapping[str, Any], model: AsrModel, tokenizer: Tokenizer) -> tuple[dict[str, Tensor], str]:
-    """The weights, and in words which these are."""
-    start = read_content(after)
-    _check_same(after, start, model_from(start, after, "average", of=AsrModel), end, model, tokenizer)
-    try:
-        return average_over_range(start, content), f"mean over steps {start['average']['step'] + 1} to {content['average']['step']}"
-    except ValueError as error:
-        raise ValueError(f"after {after}, checkpoint {end}: {error}") from error
-
-
-def _mean(paths: tuple[str, ...], weights: Weights, first: Mapping[str, Any], model: AsrModel, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    def states() -> Iterator[Mapping[str, Tensor]]:
-        yield weights_in(first, paths[0], weights)[1]
-        for path in paths[1:]:  # one file is read after the other, so that memory does not grow with their number
-            content = read_content(path)
-            _check_same(path, content, model_from(content, path, weights, of=AsrModel), paths[0], model, tokenizer)
-            yield weights_in(content, path, weights)[1]
-
-    return average_of(states())
-
-
-def _check_same(one: str, content: Mapping[str, Any], left: AsrModel, two: str, right: AsrModel, tokenizer: Tokenizer) -> None:
-    if found := differences(config_to_dict(left.config), config_to_dict(right.config), "config"):
-        raise ValueError(f"{one} and {two} cannot be averaged: {found[0]}")
-    if _tokenizer(content, one).sha256 != tokenizer.sha256:
-        raise ValueError(f"{one} and {two} cannot be averaged: their tokenizers differ")
+def _tokenizer(file: ModelFile) -> Tokenizer:
+    if "tokenizer" not in file.content:
+        raise ValueError(f"{file.path}: holds no tokenizer; a checkpoint of k2ssl.bin.finetune, or an average of such, is needed")
+    return tokenizer_from_dict(file.content["tokenizer"], f"{file.path}: tokenizer")

@@ -47,7 +47,7 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
         print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{program}{rank}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{program}{rank}: interrupted; the same command goes on, or begins again where nothing was kept", file=sys.stderr)
         return 130
     except Exception as error:
         if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE and _NO_MEMORY_ON_CPU not in str(error):

@@ -30,7 +30,8 @@ from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.run_folder import refusing
 from k2ssl.bin.transcribe_audio import STDIN, AudioReader, recognize
-from k2ssl.bin.transcribe_formats import Format, Transcript, formatted
+from k2ssl.bin.transcribe_formats import Format, Transcript, formatted, name_of
+from k2ssl.config import ConfigError
 from k2ssl.models.load import Weights
 from k2ssl.train.precision import Precision, choose_precision
 
@@ -75,6 +76,11 @@ class Transcribe:
             raise ValueError("Transcribe: audio names no file, at least one is needed")
         if self.format == "srt" and len(self.audio) > 1:
             raise ValueError(f"Transcribe: format is 'srt', which is for one file, and audio names {len(self.audio)}")
+        names = [name_of(path) for path in self.audio]
+        if self.format == "ctm" and (twice := [name for name in names if names.count(name) > 1]):
+            raise ValueError(f"Transcribe: format is 'ctm', in which two files of audio would have the name {twice[0]!r}; do them apart")
+        if self.output is not None and Path(self.output).resolve() in [Path(path).resolve() for path in (self.checkpoint, *self.audio)]:
+            raise ValueError(f"Transcribe: output is {self.output}, which is read; another file is needed")
         if self.audio.count(STDIN) > 1:
             raise ValueError("Transcribe: audio names standard input (-) more than once")
         if not (0 < self.overlap_seconds <= self.window_seconds / 2 and self.window_seconds <= 10**5):
@@ -104,6 +110,8 @@ def transcribe(job: Transcribe) -> None:
     device = torch.device(choose_device(job.device))
     check_checkpoints((job.checkpoint,), job.weights, None)
     check_files(**job.search.files())
+    if job.output is not None and Path(job.output).is_dir():
+        raise ConfigError(f"output is {job.output}, which is a folder; a file is needed")
     with refusing():
         trained = load_trained((job.checkpoint,), job.weights, None, device, choose_precision(job.precision, device))
         recognizer = build_recognizer(_method(job, trained), job.search, trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,35 +104,57 @@ def recognize(audio: Tensor, recognizer: Recognizer, window_seconds: float, over
         recognizer: gives the frames of its tokens.
         window_seconds, overlap_seconds: longer recordings are cut into such windows.
         batch: windows that are recognised at a time.
+
+    Raises:
+        ValueError: the model gives no numbers, as one that has diverged.
     """
     trained = recognizer.trained
     per_frame = round(trained.seconds_per_frame * trained.sample_rate)
     window, overlap = round(window_seconds * trained.sample_rate), round(overlap_seconds * trained.sample_rate)
     parts = windows(len(audio), window, overlap, per_frame)
     heard = [found for chosen in _chunks(parts, batch) for found in _recognize(audio, chosen, recognizer)]
-    return joined(parts, heard, per_frame)
+    if math.isnan(sum(found.score for found in heard)):
+        raise ValueError("the model gives nan for this audio, not log-probabilities; has its training diverged?")
+    tokenizer = trained.tokenizer  # pieces hold the mark of a word themselves
+    return joined(parts, heard, per_frame, tokenizer.symbols.index(tokenizer.delimiter) if tokenizer.kind == "letters" else None)
 
 
-def joined(parts: Sequence[Window], heard: Sequence[Hypothesis], samples_per_frame: int) -> Hypothesis:
+def joined(parts: Sequence[Window], heard: Sequence[Hypothesis], samples_per_frame: int, delimiter: int | None = None) -> Hypothesis:
     """The hypotheses of neighbouring windows as one: of each overlap the earlier window has the tokens up to a seam, the later one the others.
 
     The seam is laid where both are silent longest, so that no word is cut in two, but in the middle half of the overlap, since a window
     hears worse at its ends. The score is the sum of all windows.
+
+    Args:
+        parts, heard: the windows and what each of them gives.
+        samples_per_frame: of the frames of `heard`.
+        delimiter: the token between words, if there is one. A window need not hear it at its ends, so that one is put at a seam unless a
+            window has a word go on there and none has it end.
     """
-    times = [[part.begin_frame + frame for frame in found.frames] for part, found in zip(parts, heard, strict=True)]
+    timed = [
+        [(token, part.begin_frame + frame) for token, frame in zip(found.tokens, found.frames, strict=True)]
+        for part, found in zip(parts, heard, strict=True)
+    ]
     seams = [0.0]
     for number in range(len(parts) - 1):
         begin, end = parts[number + 1].begin_frame, parts[number].end // samples_per_frame
         quarter = (end - begin) / 4
-        seams.append(_seam([*times[number], *times[number + 1]], begin + quarter, end - quarter))
+        seams.append(_seam([time for _, time in timed[number] + timed[number + 1]], begin + quarter, end - quarter))
     seams.append(float("inf"))
-    kept = [
-        (token, frame)
-        for number, found in enumerate(heard)
-        for token, frame in zip(found.tokens, times[number], strict=True)
-        if seams[number] <= frame < seams[number + 1]
-    ]
+    kept: list[tuple[int, int]] = []
+    for number, found in enumerate(timed):
+        own = [(token, time) for token, time in found if seams[number] <= time < seams[number + 1]]
+        may_lack = kept and own and delimiter not in (kept[-1][0], own[0][0])
+        if delimiter is not None and may_lack and _ends_word(timed[number - 1], found, seams[number], delimiter):
+            kept.append((delimiter, own[0][1]))
+        kept += own
     return Hypothesis(tuple(token for token, _ in kept), sum(found.score for found in heard), tuple(frame for _, frame in kept))
+
+
+def _ends_word(earlier: Sequence[tuple[int, int]], later: Sequence[tuple[int, int]], seam: float, delimiter: int) -> bool:
+    """Whether neither window has a word go on at the seam, by what is not taken of it next to the seam, or one has it end there."""
+    dropped = [token for token, time in earlier if time >= seam][:1] + [token for token, time in later if time < seam][-1:]
+    return delimiter in dropped or not dropped
 
 
 def _seam(times: Sequence[int], begin: float, end: float) -> float:

@@ -37,12 +37,17 @@ def formatted(transcript: Transcript, form: Format) -> str:
         content = {"audio": transcript.audio, "duration": round(transcript.seconds, 3), "text": transcript.text, "words": words}
         return json.dumps(content, ensure_ascii=False) + "\n"
     if form == "ctm":
-        name = "_".join(Path(transcript.audio).stem.split()) or "-"
+        name = name_of(transcript.audio)
         return "".join(f"{name} 1 {word.begin:.3f} {word.end - word.begin:.3f} {word.text}\n" for word in transcript.words)
     return "".join(
         f"{number}\n{_clock(caption[0].begin)} --> {_clock(caption[-1].end)}\n{' '.join(word.text for word in caption)}\n\n"
         for number, caption in enumerate(captions(transcript.words), start=1)
     )
+
+
+def name_of(audio: str) -> str:
+    """What a CTM file calls a file of audio."""
+    return "_".join(Path(audio).stem.split()) or "-"
 
 
 def captions(words: Sequence[Word]) -> Iterator[list[Word]]:

@@ -37,6 +37,7 @@ from k2ssl.train.ledger import Ledger
 from k2ssl.train.precision import Precision, choose_precision
 
 if TYPE_CHECKING:
+    from k2ssl.bin.decode_data import About
     from k2ssl.models.asr import AsrFrames
 
 _GRID = {"lm_scales": "lm_scale", "token_scores": "token_score", "word_scores": "word_score"}  # what is varied, by setting
@@ -123,18 +124,20 @@ def tune(job: TuneLm) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(f"{os.environ['WORLD_SIZE']} processes were started, this program runs in one")
     output = Path(job.output)
+    if output.is_dir():
+        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
     if output.exists() and not job.overwrite:
         raise ConfigError(f"{output} exists; --overwrite True replaces it")
     writable_folder(output.parent)
     trained = load_trained(job.checkpoints, job.weights, job.after, device, choose_precision(job.precision, device))
     build_search(job.method, options_of(job.method, job.candidates()[0]), trained)  # before hours of encoding
     with Ledger(output.parent, "tune_lm", device, 1) as ledger:
-        encoded, refs, seconds = encode_all(job, trained)
+        encoded, refs, unheard, seconds = encode_all(job, trained)
         ledger.add(audio_seconds=seconds)
         trials = []
         with AudioProgress("search", seconds * len(job.candidates()), quiet=job.quiet) as progress:
             for search in job.candidates():
-                trials.append(Trial(search, errors_of(job.method, search, trained, encoded, refs)))
+                trials.append(Trial(search, unheard + errors_of(job.method, search, trained, encoded, refs)))
                 progress.add(seconds, f"WER {trials[-1].rate:.2%}")
     trials.sort(key=lambda trial: trial.counts.errors)  # stable: of equal ones the first given
     print(table(job, trials))
@@ -144,17 +147,22 @@ def tune(job: TuneLm) -> None:
 
 
 @torch.no_grad()
-def encode_all(job: TuneLm, trained: TrainedModel) -> tuple[list[AsrFrames], list[list[str]], float]:
-    """Frames of all batches on the CPU, the transcripts of each, and seconds of audio; what has no frame is left to no search."""
-    from k2ssl.bin.decode_data import UtteranceDataset, WithFrames, utterance_loader
+def encode_all(job: TuneLm, trained: TrainedModel) -> tuple[list[AsrFrames], list[list[str]], ErrorCounts, float]:
+    """Frames of all batches on the CPU, the transcripts of each, the errors in utterances without a frame, of which no search finds a word,
+    and seconds of audio."""
+    from k2ssl.bin.decode_data import UtteranceDataset, WithFrames, about, utterance_loader
     from k2ssl.models.asr import AsrFrames
 
     failures: list[str] = []
-    cuts = WithFrames(Chained(CutLists(job.cuts).open()), trained.sample_rate, trained.has_frame, True)
+    everything, text = Chained(CutLists(job.cuts).open()), trained.tokenizer.normalization
+    unheard = ErrorCounts()
+    for cut in WithFrames(everything, trained.sample_rate, trained.has_frame, False):
+        unheard += count_errors(_transcript(about(cut, text)), "")
+    cuts = WithFrames(everything, trained.sample_rate, trained.has_frame, True)
     totals = cut_totals(cuts, lambda cut: None)
     loader = utterance_loader(
         cuts,
-        UtteranceDataset(trained.normalize, trained.tokenizer.normalization),
+        UtteranceDataset(trained.normalize, text),
         sample_rate=trained.sample_rate,
         max_duration=job.loader.max_duration,
         num_workers=job.loader.num_workers,
@@ -165,17 +173,21 @@ def encode_all(job: TuneLm, trained: TrainedModel) -> tuple[list[AsrFrames], lis
     refs: list[list[str]] = []
     with AudioProgress("encode", totals.seconds, quiet=job.quiet) as progress:
         for batch in loader:
-            if missing := [about.id for about in batch.about if about.ref is None]:
-                raise ValueError(f"cuts: {missing[0]!r} has no transcript, a development set needs one of every utterance")
+            refs.append([_transcript(utterance) for utterance in batch.about])
             output = trained.encode(batch.audio, batch.audio_lens)
             encoded.append(AsrFrames(output.frames.cpu(), output.lens))
-            refs.append([about.ref or "" for about in batch.about])
             progress.add(batch.seconds)
     if failures:
         raise ValueError(f"{len(failures)} utterances cannot be read: {'; '.join(failures[:5])}")
     if not any(ref for row in refs for ref in row):
         raise ValueError("cuts: the transcripts have no words, so that there are no errors to count")
-    return encoded, refs, totals.seconds
+    return encoded, refs, unheard, totals.seconds
+
+
+def _transcript(utterance: About) -> str:
+    if utterance.ref is None:
+        raise ValueError(f"cuts: {utterance.id!r} has no transcript, a development set needs one of every utterance")
+    return utterance.ref
 
 
 @torch.no_grad()
@@ -195,7 +207,7 @@ def errors_of(
 
 
 def table(job: TuneLm, trials: Sequence[Trial]) -> str:
-    """All combinations, one a line, in the order given."""
+    """All combinations, one a line, in the order of `trials`."""
     names = [option for name, option in _GRID.items() if getattr(job, name)]
     rows = [[*names, "WER", "sub", "del", "ins"]]
     for trial in trials:

@@ -10,6 +10,7 @@ torchaudio.functional.forced_align, which takes one utterance at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,12 +55,14 @@ def align(log_probs: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor, b
         a probability of zero on all of them.
 
     Raises:
-        ValueError: shapes, dtypes or lengths that do not fit; a token that is blank or outside the vocabulary.
+        ValueError: shapes, dtypes or lengths that do not fit; a token that is blank or outside the vocabulary; log-probabilities of nan.
     """
     _check(log_probs, lens, tokens, token_lens, blank)
     inside = torch.arange(tokens.shape[1]) < token_lens.unsqueeze(1)
     tokens = tokens.where(inside, blank)
     scores, path, along = best_path(log_probs, lens, tokens, token_lens, blank)
+    if wrong := [row for row, score in enumerate(scores) if math.isnan(score)]:
+        raise ValueError(f"align: log-probabilities of utterance {wrong[0]} are nan, numbers are needed")
     return [
         _alignment(tuple(tokens[n, : token_lens[n]].tolist()), scores[n], path[n, : lens[n]], along[n, : lens[n]]) for n in range(len(lens))
     ]

@@ -66,9 +66,25 @@ def read_arpa(path: str | Path) -> Arpa:
         ValueError: not such a file, cut off, or with a line that cannot be: names the line.
         OSError: there is no such file.
     """
-    with _opened(path) as file:
+    with open_text(path) as file:
+        return _Reader(str(path), file).read()
+
+
+@contextmanager
+def open_text(path: str | Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, which may be compressed with gzip.
+
+    Raises:
+        ValueError: the compressed file is damaged; raised while it is read, too.
+        OSError: there is no such file.
+    """
+    with open(path, "rb") as file:
+        if file.peek(2)[:2] != b"\x1f\x8b":
+            yield file
+            return
         try:
-            return _Reader(str(path), file).read()
+            with gzip.open(file) as packed:
+                yield cast(BinaryIO, packed)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: the compressed file is damaged or cut off: {error}") from error
 
@@ -177,16 +193,6 @@ class _Reader:
 def _quoted(text: bytes) -> str:
     shown = text.decode(errors="replace")
     return repr(shown if len(shown) <= 60 else f"{shown[:57]}...")
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[BinaryIO]:
-    with open(path, "rb") as file:
-        if file.peek(2)[:2] != b"\x1f\x8b":
-            yield file
-            return
-        with gzip.open(file) as packed:
-            yield cast(BinaryIO, packed)
 
 
 def _write(file: BinaryIO, model: Arpa) -> None:

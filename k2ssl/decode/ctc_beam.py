@@ -56,7 +56,7 @@ def prefix_beam_search(
 
     Returns:
         Per utterance its best hypotheses, best first; fewer than asked for where fewer are possible. A hypothesis' score is the one above,
-        its frames those where each token begins in its most probable alignment.
+        its frames those where each token begins in its most probable alignment. Where log-probabilities are nan, so are the scores.
 
     Raises:
         ValueError: shapes, dtypes, lengths or settings that do not fit, or a language model of another vocabulary.
@@ -257,7 +257,7 @@ def _collect(scores: Tensor, steps: list[_Step], log_probs: Tensor, lens: Tensor
     found = [[tuple(row[row != blank].tolist()) for row in rows] for rows in symbols]
     begins = [token_begins(log_probs, lens, [rows[h] for rows in found], blank) for h in range(scores.shape[1])]
     return [
-        [Hypothesis(found[n][h], score, begins[h][n]) for h, score in enumerate(row) if score > NEG_INF]
+        [Hypothesis(found[n][h], score, begins[h][n]) for h, score in enumerate(row) if score != NEG_INF]
         for n, row in enumerate(scores.tolist())
     ]
 

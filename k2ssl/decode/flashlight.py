@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from k2ssl.decode.alignment import token_begins
+from k2ssl.decode.arpa import UNKNOWN, open_text
 from k2ssl.decode.ctc import check_log_probs
 from k2ssl.decode.hypotheses import Hypothesis
 
@@ -92,11 +93,12 @@ class FlashlightSearch:
         blank: blank's id.
         lexicon: the words that may be recognised, with their spellings in pieces; None: any sequence of pieces. Spelled without a delimiter,
             a word's last piece counts in one frame only, as this package has it; alignments in which it lasts longer are left out.
-        lm: ARPA or KenLM binary file, over the lexicon's words, or without a lexicon over pieces; None: no language model.
+        lm: ARPA file, compressed with gzip or not, or KenLM binary file, over the lexicon's words, or without a lexicon over pieces; None: no
+            language model.
 
     Raises:
         ValueError: the package is not installed; a delimiter or a spelling that is not made of pieces; an empty lexicon, or a word score
-            without one; a language model that cannot be read or knows none of the words.
+            without one; a language model that cannot be read, or an ARPA file that lacks a piece, or all words of the lexicon.
     """
 
     def __init__(self, config: FlashlightConfig, pieces: Sequence[str], blank: int, lexicon: Lexicon | None = None, lm: str | None = None):
@@ -113,11 +115,8 @@ class FlashlightSearch:
         self._ends_words = lexicon is not None and bool(config.delimiter)
         decoder = _package()
         words = [*(pieces if lexicon is None else lexicon), _OTHER]
-        model = (
-            decoder.ZeroLM()
-            if lm is None
-            else _read_lm(lm, words, [word for word in (ids if lexicon is None else lexicon) if word != "<unk>"])
-        )
+        needed = [word for word in (ids if lexicon is None else lexicon) if word != UNKNOWN]
+        model = decoder.ZeroLM() if lm is None else _read_lm(lm, words, needed, all_of_them=lexicon is None)
         if lexicon is None:
             self._decoder = decoder.LexiconFreeDecoder(self._options(decoder, lexicon), model, self._silence, blank, [])
         else:
@@ -141,7 +140,7 @@ class FlashlightSearch:
             word_score * words; frames are those where each token begins in its most probable alignment.
 
         Raises:
-            ValueError: shapes, dtypes or lengths that do not fit.
+            ValueError: shapes, dtypes or lengths that do not fit, or log-probabilities of nan.
         """
         check_log_probs("FlashlightSearch", log_probs, lens, self.blank)
         if log_probs.shape[2] != self.vocab_size:
@@ -149,6 +148,8 @@ class FlashlightSearch:
         if not 1 <= num_hypotheses <= self.config.beam:
             raise ValueError(f"FlashlightSearch: num_hypotheses is {num_hypotheses}, allowed are 1..{self.config.beam} (beam)")
         values = log_probs.float().cpu()
+        if any(bool(values[n, :length].isnan().any()) for n, length in enumerate(lens.tolist())):
+            raise ValueError("FlashlightSearch: log_probs holds nan, numbers are needed")
         return [self._search_one(values[n, :length], num_hypotheses) for n, length in enumerate(lens.tolist())]
 
     def _search_one(self, log_probs: Tensor, num_hypotheses: int) -> list[Hypothesis]:
@@ -213,8 +214,8 @@ def _package() -> Any:
     return decoder
 
 
-def _read_lm(path: str, words: Sequence[str], needed: Sequence[str]) -> Any:
-    """The model, which numbers `words` as they come here; it must know at least one of those that are `needed`."""
+def _read_lm(path: str, words: Sequence[str], needed: Sequence[str], all_of_them: bool) -> Any:
+    """The model, which numbers `words` as they come here; an ARPA file must list those that are `needed`, all or at least one."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
@@ -222,10 +223,12 @@ def _read_lm(path: str, words: Sequence[str], needed: Sequence[str]) -> Any:
         raise ValueError(f"{path}: there is no such file")
     with tempfile.NamedTemporaryFile(suffix=".arpa") as copy:
         known = _unigrams(path, copy)
-        if known is not None and known.isdisjoint(needed):
-            named = ", ".join(map(repr, needed[:3]))
+        missing = [] if known is None else [word for word in needed if word not in known]
+        if missing and (all_of_them or len(missing) == len(needed)):
+            named = ", ".join(map(repr, missing[:3]))
             raise ValueError(
-                f"{path}: this language model is of another vocabulary: of {len(needed)} words, such as {named}, it knows none"
+                f"{path}: this language model is of another vocabulary: of {len(needed)} {'pieces' if all_of_them else 'words'} it lacks "
+                f"{len(missing)}, such as {named}"
             )
         try:
             return KenLM(path if known is None else copy.name, Dictionary(list(words)))
@@ -237,10 +240,10 @@ def _unigrams(path: str, copy: IO[bytes]) -> set[str] | None:
     """The words of an ARPA file, which is written to `copy` without what stands before its data; None: the file is binary."""
     words: set[str] = set()
     section = b""
-    with open(path, "rb") as lines:
-        if lines.read(len(_KENLM_BINARY)) == _KENLM_BINARY:
+    with open(path, "rb") as file:
+        if file.read(len(_KENLM_BINARY)) == _KENLM_BINARY:
             return None
-        lines.seek(0)
+    with open_text(path) as lines:
         for line in lines:
             stripped = line.strip()
             if stripped.startswith(b"\\") and (section or stripped == _DATA_MARK):

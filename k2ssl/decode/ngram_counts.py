@@ -145,7 +145,7 @@ def _counted(text: Ints, order: int) -> _Table:
     position = place - np.maximum.accumulate(np.where(starts, place, 0))
     ends = np.flatnonzero(~starts)
     position = position[ends]
-    columns = [np.where(back <= position, text[ends - back], _PAD) for back in range(order)]
+    columns = [np.where(back <= position, text[(ends - back).clip(min=0)], _PAD) for back in range(order)]
     if order % 2:
         columns.append(np.zeros_like(ends))
     keys = [(columns[i] << _BITS) | columns[i + 1] for i in range(0, len(columns), 2)]

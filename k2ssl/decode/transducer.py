@@ -123,7 +123,7 @@ def modified_beam_search(
 
     Returns:
         Per utterance its best hypotheses, best first; fewer than asked for where fewer differ. Their frames are those of the best
-        alignment at each merge.
+        alignment at each merge. Where the networks give nan, so are the scores.
 
     Raises:
         ValueError: shapes, dtypes, lengths or settings that do not fit; an `lm` or `biasing` with another vocabulary.
@@ -237,7 +237,7 @@ def _collect(finished: list[_Finished], steps: list[_Step], predictor: Predictor
             tokens[: sizes[t], :, t] = added[t].gather(1, still)
             still.copy_(parents[t].gather(1, still))
     return [
-        [_hypothesis(row, score, predictor.blank, range(len(row))) for row, score in zip(rows, row_scores, strict=True) if score > NEG_INF]
+        [_hypothesis(row, score, predictor.blank, range(len(row))) for row, score in zip(rows, row_scores, strict=True) if score != NEG_INF]
         for rows, row_scores in zip(tokens.tolist(), scores.tolist(), strict=True)
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from lhotse import CutSet
 from k2ssl.bin import align, label_report
 from k2ssl.bin.decode_model import TrainedModel, load_trained
 from k2ssl.data.labels import LabelShardWriter, Lineage, cut_list_hash, merge_shards
+from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig
 from k2ssl.decode.alignment import Alignment
+from k2ssl.decode.results import Word
 from k2ssl.labelling.alignments import read_alignments
 from k2ssl.train.ledger import total
 
@@ -199,3 +202,18 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert align.main(command()) == 2
     assert "2 processes were started" in capsys.readouterr().err
     assert not list(tmp_path.glob("*words.ctm*"))
+
+
+def test_a_folder_is_no_output(command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert align.main(command("--output", str(tmp_path), "--overwrite", "True")) == 2
+    assert f"output is {tmp_path}, which is a folder" in capsys.readouterr().err
+
+
+def test_no_word_lasts_longer_than_the_audio() -> None:
+    tokenizer = LetterTokenizer("ab", NormalizationConfig())
+    # 49 frames of 20 ms become 25 of 40 ms, of which the last one ends at 1.0 s
+    trained = SimpleNamespace(tokenizer=tokenizer, num_frames=lambda samples: 25, seconds_per_frame=0.04, sample_rate=16000)
+    found = Alignment((3, 4), (20, 22), (21, 23), (0.5, 0.75), -1.0)
+    for unit, text, begin in (("word", "ab", 0.8), ("token", "b", 0.88)):
+        word, confidence = align.timed(found, trained, 15800, unit)[-1]  # type: ignore[arg-type]
+        assert word == Word(text, begin, 0.988) and confidence == (0.625 if unit == "word" else 0.75)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from k2ssl.bin.average import main
+from k2ssl.bin.decode_model import TrainedModel, load_trained
+from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig
+from k2ssl.models.asr import AsrConfig, AsrModel
 from k2ssl.models.hubert import HubertConfig, HubertModel
-from k2ssl.models.load import load_model, save_model
+from k2ssl.models.load import Weights, config_to_dict, load_model, save_model
 from k2ssl.structure import to_dict
 from k2ssl.train.averaging import RunningAverage
 from k2ssl.train.checkpoint import CheckpointFolder, KeepConfig
@@ -108,13 +111,13 @@ def flip_checkpoint() -> None:
             other_architecture,
             "--checkpoints 1.pt 2.pt other.pt",
             1,
-            r"architectures differ: config\.head\.num_classes is .* in 1\.pt, \[7\] in other\.pt",
+            r"1\.pt and other\.pt cannot be averaged: config\.head\.num_classes is .* in 1\.pt, \[7\] in other\.pt",
         ),
         (
             other_run_with_average,
             "--start other.pt --end 4.pt",
             1,
-            r"architectures differ: config\.head\.num_classes is \[7\] in other\.pt",
+            r"other\.pt and 4\.pt cannot be averaged: config\.head\.num_classes is \[7\] in other\.pt",
         ),
         (None, "--end plain.pt", 1, r"plain\.pt: holds no averaged weights"),
         (None, "--start plain.pt --end 4.pt", 1, r"plain\.pt: holds no averaged weights"),
@@ -123,7 +126,7 @@ def flip_checkpoint() -> None:
             None,
             "--start 6.pt --end 4.pt",
             1,
-            r"start 6\.pt, end 4\.pt: the running average of the start goes to step 6, that of the end to",
+            r"from 6\.pt to 4\.pt: the running average of the start goes to step 6, that of the end to",
         ),
         (None, "--start 4.pt --end 5.pt", 1, r"the running average of the start goes to step 4, that of the end to step 4"),
         (None, "--start 4.pt --end 4.pt", 2, r"4\.pt is the same file as 4\.pt"),
@@ -150,6 +153,89 @@ def test_what_cannot_be_averaged_is_refused_and_nothing_is_written(
     assert error.startswith("average: ") and error.count("\n") == 1
     assert re.search(message, error), error
     assert sorted(Path().iterdir()) == before
+
+
+# --- recognition models ---------------------------------------------------------------------------------------------------------------------
+
+READERS = LetterTokenizer("ABCD", NormalizationConfig())
+
+
+def recognizer(path: str, step: int = 2, letters: str = "ABCD", normalize: bool = True, **changes: object) -> AsrModel:
+    """A checkpoint as fine-tuning writes it, with drawn weights and a drawn average."""
+    model, average = (AsrModel(AsrConfig.tiny(7, "ctc")) for _ in range(2))
+    tokenizer = LetterTokenizer(letters, NormalizationConfig()).to_dict()
+    mean = {name: value.double() if value.is_floating_point() else value for name, value in average.state_dict().items()}
+    content = {"config": config_to_dict(model.config), "model": model.state_dict(), "average": {"step": step, "model": mean}}
+    content |= {"tokenizer": tokenizer, "job": {"data": {"normalize": normalize}, "seed": 3}, "optimizer": {"lr": 0.1}}
+    torch.save({key: value for key, value in {**content, **changes}.items() if value is not None}, path)
+    return model
+
+
+def loaded(*paths: str, weights: Weights = "raw", after: str | None = None) -> TrainedModel:
+    return load_trained(paths, weights, after, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "in_memory"),
+    [
+        ("--checkpoints a.pt b.pt c.pt", lambda: loaded("a.pt", "b.pt", "c.pt")),
+        ("--start a.pt --end b.pt", lambda: loaded("b.pt", weights="average", after="a.pt")),
+        ("--end b.pt", lambda: loaded("b.pt", weights="average")),
+    ],
+)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_average_of_recognition_models_can_be_decoded_and_is_the_one_that_decoding_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, in_memory: Callable[[], TrainedModel], normalize: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = [recognizer(name, step, normalize=normalize) for step, name in ((2, "a.pt"), (6, "b.pt"), (8, "c.pt"))]
+    assert main(["--output", "avg.pt", *arguments.split()]) == 0
+    written, expected = loaded("avg.pt"), in_memory()
+    assert written.tokenizer.sha256 == expected.tokenizer.sha256 == READERS.sha256
+    assert written.normalize is expected.normalize is normalize
+    assert written.weights == "raw weights"
+    states = expected.model.state_dict()
+    assert all(torch.equal(value, states[name]) for name, value in written.model.state_dict().items())
+    assert not torch.equal(written.model.mask_embedding, models[1].mask_embedding)
+    assert sorted(torch.load("avg.pt", weights_only=True)) == ["config", "format", "job", "model", "tokenizer", "version"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"letters": "BACD"}, "their tokenizers differ"),
+        ({"tokenizer": None}, "their tokenizers differ"),
+        ({"normalize": False}, r"data\.normalize was True for a\.pt, False for b\.pt"),
+    ],
+)
+@pytest.mark.parametrize("arguments", ["--checkpoints a.pt b.pt", "--start a.pt --end b.pt"])
+def test_recognition_models_that_do_not_belong_together_are_not_averaged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    message: str,
+    arguments: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recognizer("a.pt")
+    recognizer("b.pt", step=4, **changes)  # type: ignore[arg-type]
+    assert main(["--output", "avg.pt", *arguments.split()]) == 1
+    assert re.search(rf"a\.pt and b\.pt cannot be averaged: {message}", capsys.readouterr().err) and not Path("avg.pt").exists()
+
+
+def test_a_recognition_model_is_not_averaged_with_an_encoder(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    recognizer("a.pt")
+    assert main(["--output", "avg.pt", "--checkpoints", "a.pt", "1.pt"]) == 1
+    assert "1.pt: its model is of class HubertModel, AsrModel is needed" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_say_how_its_audio_came_stands_in_no_ones_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recognizer("a.pt")
+    recognizer("b.pt", job=None)
+    assert main(["--output", "avg.pt", "--checkpoints", "a.pt", "b.pt"]) == 0
+    assert loaded("avg.pt").normalize
 
 
 def test_an_input_is_never_replaced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -351,8 +352,10 @@ def test_checkpoints_that_cannot_recognise_are_refused_by_name(
     tokenizer = LetterTokenizer("ABCD", NormalizationConfig()).to_dict()
     torch.save({"config": config_to_dict(model.config), "model": model.state_dict(), "tokenizer": tokenizer}, tmp_path / "ctc.pt")
     changed(reader, tmp_path / "mute.pt", lambda content: content.pop("tokenizer"))
+    changed(reader, tmp_path / "nan.pt", lambda content: content["model"]["mask_embedding"].fill_(math.nan))
     (tmp_path / "torn.pt").write_bytes(reader.checkpoint.read_bytes()[:-1000])
     for name, said in (
+        ("nan.pt", "mask_embedding holds numbers that are not finite"),
         (
             "ctc.pt",
             "method is 'greedy', but the checkpoint has no transducer head; allowed are ctc-greedy, ctc-prefix-beam, ctc-lexicon-free",

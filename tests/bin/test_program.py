@@ -54,7 +54,7 @@ class LibsndfileError(RuntimeError):
         (OSError(errno.ENOSPC, "No space left on device", "x.pt"), 1, "job: x.pt: No space left on device; make room and run the same"),
         (LibsndfileError("bad file"), 1, "job: bad file\n"),
         (ConfigError("cuts: unknown key"), 2, "job: cuts: unknown key\n"),
-        (KeyboardInterrupt(), 130, "job: interrupted; the same command goes on from here\n"),
+        (KeyboardInterrupt(), 130, "job: interrupted; the same command goes on, or begins again where nothing was kept\n"),
     ],
 )
 def test_an_error_for_people_is_one_line_and_a_status(

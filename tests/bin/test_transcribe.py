@@ -18,7 +18,7 @@ import soundfile
 import torch
 
 from k2ssl.bin import transcribe
-from k2ssl.bin.transcribe_audio import AudioReader, Window, joined, windows
+from k2ssl.bin.transcribe_audio import AudioReader, Window, joined, recognize, windows
 from k2ssl.bin.transcribe_formats import Transcript, captions, formatted
 from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.results import Word
@@ -112,6 +112,53 @@ def test_a_seam_lies_in_the_longest_silence_of_the_middle_half_of_an_overlap() -
     assert tokens(speech, speech) == [70, 73, 76, 79, -82, -85, -88]
     # where nobody pauses, near the middle, and nothing twice
     assert tokens(range(60, 100), range(60, 100)) == [*range(60, 81), *range(-81, -100, -1)]
+
+
+def test_audio_is_not_written_over_and_names_in_a_ctm_differ(
+    reader: Any, run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio = tmp_path / "one.wav"
+    content = reader.audio(0).read_bytes()
+    audio.write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    run(audio, "--output", "one.wav", status=2)
+    assert "output is one.wav, which is read" in run.error and audio.read_bytes() == content  # type: ignore[attr-defined]
+    run(audio, "--output", tmp_path, status=2)
+    assert "which is a folder; a file is needed" in run.error  # type: ignore[attr-defined]
+    run(audio, "elsewhere/one.flac", "--format", "ctm", status=2)
+    assert "two files of audio would have the name 'one'" in run.error  # type: ignore[attr-defined]
+
+
+def test_a_model_that_gives_nan_is_no_silence() -> None:
+    trained = SimpleNamespace(seconds_per_frame=0.04, sample_rate=16000)
+    broken = SimpleNamespace(trained=trained, hypotheses=lambda rows, lens: [[Hypothesis((), float("nan"))]])
+    with pytest.raises(ValueError, match="the model gives nan"):
+        recognize(torch.zeros(16000), broken, 30.0, 2.0, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        ({10: 3, 70: 4}, {95: 5, 150: 6}, [3, 4, 2, 5, 6]),  # each window hears a word of its own and silence at its end
+        ({10: 3, 70: 4, 91: 2}, {95: 5}, [3, 4, 2, 5]),  # the earlier window hears the end of the word, behind the seam
+        ({10: 3, 70: 4}, {71: 4, 72: 2, 95: 5}, [3, 4, 2, 5]),  # the later one hears it, before the seam
+        ({10: 3, 70: 4, 91: 5}, {71: 4, 91: 5}, [3, 4, 5]),  # both hear one word, which goes on
+        ({10: 3, 70: 4}, {71: 4, 91: 5}, [3, 4, 5]),  # one does
+        ({10: 3, 70: 4, 91: 5}, {91: 5}, [3, 4, 5]),  # or the other
+        ({10: 3, 70: 4, 72: 2}, {95: 5}, [3, 4, 2, 5]),  # there is one already
+        ({}, {95: 5}, [5]),
+    ],
+)
+def test_words_on_both_sides_of_a_seam_stay_two_words(left: dict[int, int], right: dict[int, int], expected: list[int]) -> None:
+    parts = [Window(0, 100, 0), Window(60, 160, 60)]
+    heard = [
+        Hypothesis(tuple(left.values()), 0.0, tuple(left)),
+        Hypothesis(tuple(right.values()), 0.0, tuple(frame - 60 for frame in right)),
+    ]
+    found = joined(parts, heard, 1, delimiter=2)
+    assert list(found.tokens) == expected and list(found.frames) == sorted(found.frames)
+    if 2 not in [*left.values(), *right.values()]:
+        assert list(joined(parts, heard, 1).tokens) == [token for token in expected if token != 2], "pieces need no delimiter"
 
 
 def test_a_recording_may_have_any_rate_and_number_of_channels(reader: Any, run: Callable[..., str], tmp_path: Path) -> None:

@@ -40,6 +40,22 @@ def test_the_best_combination_is_written_and_its_errors_are_those_that_decode_co
     assert json.loads((tmp_path / "worst/decode.json").read_text())["result"]["words"]["errors"] == errors[2]
 
 
+def test_words_of_an_utterance_without_a_frame_are_missed_as_decode_misses_them(
+    reader: Any, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts = [
+        cut.truncate(duration=0.01).with_id(cut.id) if i == 0 else cut for i, cut in enumerate(CutSet.from_file(files[2]).subset(first=3))
+    ]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    command = [*files, "--cuts", str(tmp_path / "cuts.jsonl.gz"), *METHOD]
+    assert tune_lm.main([*command, "--token-scores", "0", "1", "--output", str(tmp_path / "best.json")]) == 0
+    errors = {row[0]: [int(number) for number in row[2:]] for row in (line.split() for line in capsys.readouterr().out.splitlines()[1:3])}
+    assert decode.main([*command, "--search.token-score", "1", "--output", str(tmp_path / "one")]) == 0
+    words = json.loads((tmp_path / "one/decode.json").read_text())["result"]["words"]
+    assert errors["1"] == [words["substitutions"], words["deletions"], words["insertions"]]
+    assert words["deletions"] >= len(reader.texts()[0].split()) > 0
+
+
 def test_every_combination_is_tried() -> None:
     job = tune_lm.TuneLm(
         ("c",), "o.json", "ctc-prefix-beam", search=tune_lm.SearchConfig(lm="x"), lm_scales=(0.1, 0.2), token_scores=(1.0, 2.0)

@@ -116,3 +116,10 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, Tensor], message
     given = {"log_probs": torch.zeros(2, 4, 3), "lens": torch.tensor([4, 4]), "tokens": torch.tensor([[1, 2], [2, 1]])}
     with pytest.raises(ValueError, match=message):
         align(**{**given, "token_lens": torch.tensor([2, 2]), "blank": 0, **change})
+
+
+def test_log_probabilities_of_nan_are_refused() -> None:
+    log_probs = draw_log_probs(0, 2, 4, 3)
+    log_probs[1, 2] = math.nan
+    with pytest.raises(ValueError, match="log-probabilities of utterance 1 are nan"):
+        align(log_probs, torch.tensor([4, 4]), torch.tensor([[1, 2], [1, 2]]), torch.tensor([2, 2]))

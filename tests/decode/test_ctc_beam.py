@@ -200,3 +200,11 @@ def test_a_model_without_weight_is_not_asked() -> None:
 def test_what_does_not_fit_is_refused_by_name(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prefix_beam_search(**{"log_probs": torch.zeros(2, 4, 3), "lens": torch.tensor([4, 4]), **change})  # type: ignore[arg-type]
+
+
+def test_log_probabilities_of_nan_show_in_the_score_and_in_no_other_utterance() -> None:
+    log_probs = draw_log_probs(3, 2, 5, 4)
+    alone = prefix_beam_search(log_probs[1:], torch.tensor([5]), beam=3)[0]
+    log_probs[0] = math.nan
+    broken, whole = prefix_beam_search(log_probs, torch.tensor([5, 5]), beam=3)
+    assert math.isnan(broken[0].score) and whole == alone

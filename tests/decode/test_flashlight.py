@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import sys
 from collections import defaultdict
@@ -104,7 +105,7 @@ def test_with_a_lexicon_it_is_the_exhaustive_sum_over_words(seed: int, model: bo
 
 @pytest.mark.usefixtures("package")
 def test_without_a_lexicon_the_model_is_over_pieces(tmp_path: Path) -> None:
-    (tmp_path / "lm.arpa").write_text(ARPA.replace("ab", "b"))
+    (tmp_path / "lm.arpa").write_text(ARPA.replace("ab", "b").replace("1=5", "1=6").replace("-0.4\ta", "-1.1\t|\n-0.4\ta"))
     plain, scaled = (
         FlashlightSearch(FlashlightConfig(beam=WIDE, lm_scale=scale), PIECES, 0, lm=str(tmp_path / "lm.arpa")) for scale in (0.0, 0.8)
     )
@@ -115,6 +116,28 @@ def test_without_a_lexicon_the_model_is_over_pieces(tmp_path: Path) -> None:
     names = {"a": "a", "b": "ab", "|": "bb"}
     for tokens, score in before.items():
         assert after[tokens] - score == pytest.approx(0.8 * lm_score(tuple(names[PIECES[token]] for token in tokens)), abs=1e-4)
+
+
+@pytest.mark.usefixtures("package")
+def test_without_a_lexicon_a_model_that_lacks_pieces_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "words.arpa").write_text(ARPA)  # of words, one of which happens to be a piece
+    with pytest.raises(ValueError, match=r"words.arpa: .* of another vocabulary: of 3 pieces it lacks 2, such as 'b', '\|'"):
+        FlashlightSearch(FlashlightConfig(), PIECES, 0, lm=str(tmp_path / "words.arpa"))
+
+
+@pytest.mark.usefixtures("package")
+def test_a_compressed_model_is_the_same_model(tmp_path: Path) -> None:
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    (tmp_path / "lm.arpa.gz").write_bytes(gzip.compress(ARPA.encode()))
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(ARPA.encode())[:-20])
+    log_probs, lens = draw_log_probs(0, 1, 6, 4), torch.tensor([6])
+    one, two = (
+        FlashlightSearch(FlashlightConfig(delimiter="|"), PIECES, 0, WORDS, str(tmp_path / name)).search(log_probs, lens, 5)
+        for name in ("lm.arpa", "lm.arpa.gz")
+    )
+    assert one == two
+    with pytest.raises(ValueError, match=r"torn\.gz: the compressed file is damaged or cut off"):
+        FlashlightSearch(FlashlightConfig(delimiter="|"), PIECES, 0, WORDS, str(tmp_path / "torn.gz"))
 
 
 @pytest.mark.usefixtures("package")
@@ -176,7 +199,7 @@ def test_text_before_the_data_of_an_arpa_file_is_allowed(tmp_path: Path) -> None
     [
         (None, "there is no such file"),
         ("something else", "neither an ARPA file nor one of KenLM's binary files"),
-        (ARPA.replace("a", "A").replace("\\dAtA", "\\data"), "of another vocabulary: of 3 words, such as 'a', 'ab', 'bb', it knows none"),
+        (ARPA.replace("a", "A").replace("\\dAtA", "\\data"), "of another vocabulary: of 3 words it lacks 3, such as 'a', 'ab', 'bb'"),
         (ARPA.replace("ngram 1=5", "ngram 1=7"), "lm.arpa: KenLM cannot read this language model: .*"),
     ],
 )
@@ -215,6 +238,11 @@ def test_log_probabilities_that_do_not_fit_are_refused() -> None:
         search.search(torch.zeros(1, 2, 4), torch.tensor([3]))
     with pytest.raises(ValueError, match=r"num_hypotheses is 11, allowed are 1..10 \(beam\)"):
         search.search(torch.zeros(1, 2, 4), torch.tensor([2]), 11)
+    log_probs = torch.zeros(1, 3, 4)
+    log_probs[0, 2] = math.nan  # padding may hold anything
+    assert search.search(log_probs, torch.tensor([2]))
+    with pytest.raises(ValueError, match="log_probs holds nan"):
+        search.search(log_probs, torch.tensor([3]))
 
 
 @pytest.mark.parametrize(

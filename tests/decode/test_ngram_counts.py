@@ -72,6 +72,15 @@ def test_a_text_counted_in_parts_gives_the_same(ngrams, monkeypatch: pytest.Monk
     assert max(map(len, lengths)) > 1 and all(2 * b < a for row in lengths for a, b in pairwise(row))
 
 
+def test_a_part_of_the_text_may_be_shorter_than_an_ngram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram_counts, "_TOKENS_AT_ONCE", 7)
+    text = [["a", "b", "a", "b", "a"], ["a"]]  # the second one is counted apart, three words with its ends
+    everything = {ngram: count for of_order in listed(counted(text, 5)) for ngram, (count, _) in of_order.items() if count}
+    assert everything == plain_counts(text, 5)
+    with pytest.raises(ValueError, match="no sentence is long enough for an n-gram of 4 words"):
+        counted([["a"]], 9)
+
+
 def test_counting_goes_on_after_it_was_asked_for_counts() -> None:
     counter = NgramCounter(2)
     counter.add(["a"])

@@ -240,3 +240,13 @@ def test_bad_arguments_are_refused() -> None:
             modified_beam_search(*networks, ENCODER_OUT, LENS, **settings)
     with pytest.raises(ValueError, match="frames has 1 entries for 2 tokens"):
         Hypothesis((1, 2), 0.0, (3,))
+
+
+def test_frames_of_nan_show_in_the_score_and_in_no_other_utterance() -> None:
+    networks = random_networks(3, vocab_size=4)
+    encoder_out = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    alone = modified_beam_search(*networks, encoder_out[1:], torch.tensor([5]))[0]
+    encoder_out[0] = float("nan")
+    broken, whole = modified_beam_search(*networks, encoder_out, torch.tensor([5, 5]))
+    assert broken[0].score != broken[0].score and whole[0].tokens == alone[0].tokens
+    assert whole[0].score == pytest.approx(alone[0].score, abs=1e-5)

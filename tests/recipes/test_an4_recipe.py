@@ -1,0 +1,92 @@
+"""The AN4 recipe's run.sh: which commands it would run, and what it refuses; its programs have tests of their own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from k2ssl.bin import average, decode, finetune, pretrain, score, train_tokenizer
+from k2ssl.bin.decode_arguments import with_names
+from k2ssl.config import load
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "an4" / "run.sh"
+CONFIGURATIONS = {
+    "k2ssl.bin.train_tokenizer": train_tokenizer.TrainTokenizer,
+    "k2ssl.bin.pretrain": pretrain.Pretrain,
+    "k2ssl.bin.average": average.Average,
+    "k2ssl.bin.finetune": finetune.Finetune,
+    "k2ssl.bin.decode": decode.Decode,
+    "k2ssl.bin.score": score.ScoreJob,
+}
+
+
+def recipe(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "K2SSL_VENV": str(Path(sys.executable).parents[1])}
+    return subprocess.run(["bash", SCRIPT, *map(str, options)], capture_output=True, text=True, env=environment)
+
+
+def commands(*options: str | Path) -> list[list[str]]:
+    done = recipe("--dry-run", *options)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_every_program_understands_the_options_that_it_is_given(tmp_path: Path) -> None:
+    shown = commands("--corpus-dir", "an4", "--audio-dir", "some/books,more", "--out", tmp_path / "my exp", "--device", "cpu")
+    programs = [(words[2], words[3:]) for words in shown if words[1] == "-m"]
+    assert {name for name, _ in programs} == set(CONFIGURATIONS)
+    for name, arguments in programs:
+        if name == "k2ssl.bin.decode":
+            arguments = with_names(arguments, "checkpoints", "checkpoints")
+        if name == "k2ssl.bin.score":
+            arguments = with_names(arguments, "hypotheses", "hypotheses")
+        load(CONFIGURATIONS[name], arguments)
+    (pre,) = [load(pretrain.Pretrain, arguments) for name, arguments in programs if name == "k2ssl.bin.pretrain"]
+    assert [Path(path).name for path in pre.data.labels] == ["an4_clstk", "books", "more"]
+    assert len(pre.data.cuts) == 3 and pre.device == "cpu"
+
+
+def test_scratch_and_pretrained_differ_in_nothing_but_where_the_encoder_begins() -> None:
+    shown = commands("--corpus-dir", "an4", "--out", "exp", "--stage", "5", "--stop-stage", "5")
+    assert len(shown) == 4
+    for scratch, pretrained in ((shown[0], shown[1]), (shown[2], shown[3])):
+        assert [word.replace("_scratch", "_pretrained") for word in scratch] == [
+            word for i, word in enumerate(pretrained) if not {"--init", "--init-batch-count"} & {word, pretrained[i - 1]}
+        ]
+        assert pretrained[pretrained.index("--init") + 1] == "exp/pretrained.pt"
+
+
+def test_weights_are_averaged_between_the_last_two_checkpoints(tmp_path: Path) -> None:
+    options = ["--corpus-dir", "an4", "--out", tmp_path, "--pretrain-steps", "500", "--finetune-steps", "450", "--averaged-steps", "100"]
+    shown = commands(*options)
+    (mean,) = [words for words in shown if "k2ssl.bin.average" in words]
+    assert "step-000000400.pt" in mean[mean.index("--start") + 1] and "step-000000500.pt" in mean[mean.index("--end") + 1]
+    decoded = [words for words in shown if "k2ssl.bin.decode" in words]
+    assert len(decoded) == 6
+    for words in decoded:
+        assert words[3].endswith("step-000000450.pt") and words[words.index("--after") + 1].endswith("step-000000400.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--corpus-dir is missing"),
+        (["--corpus-dir", "x", "--averaged-steps", "2000"], "--averaged-steps is 2000, at least 1 and less than 1800"),
+        (["--corpus-dir", "x", "--averaged-steps", "0"], "--averaged-steps is 0, at least 1"),
+        (["--corpus-dir", "x", "--finetune-steps", "many"], "--finetune-steps is many, a whole number"),
+        (["--corpus-dir", "x", "--steps", "4"], "unknown option --steps"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> None:
+    done = recipe(*options)
+    assert done.returncode == 2 and said in done.stderr and not done.stdout
+
+
+def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
+    done = recipe("--corpus-dir", tmp_path / "none", "--out", tmp_path / "exp", "--stop-stage", "1")
+    assert done.returncode != 0 and str(tmp_path / "none") in done.stderr
