@@ -13,20 +13,22 @@ audio_dir=  # further folders of audio to pre-train on, separated by commas; tra
 out=exp/an4  # folder for everything that is made
 pretrain_steps=1800  # updates of 60 s
 finetune_steps=2000  # updates of 30 s
-averaged_steps=200  # of the last ones, over which weights are averaged before they are used; less than either number of updates
+pretrain_averaged=200  # of the last updates of pre-training, over which weights are averaged before they are used
+finetune_averaged=250  # the same of fine-tuning
 init_batch_count=20000  # where the schedules inside a pre-trained encoder begin; see the program's --help
 seed=42  # of the weights that are drawn and of the order of the data
 device=auto  # auto, cpu, cuda
 num_workers=1  # processes that read audio
 quiet=False  # True: plain lines instead of progress bars
 parse_options "$@"
-need_whole_numbers pretrain_steps finetune_steps averaged_steps init_batch_count seed num_workers
+need_whole_numbers pretrain_steps finetune_steps pretrain_averaged finetune_averaged init_batch_count seed num_workers
 
 recipe=$(dirname "$recipe_script")
 [ -n "$corpus_dir" ] || _refuse "--corpus-dir is missing"
-for steps in "$pretrain_steps" "$finetune_steps"; do
-    [ "$averaged_steps" -ge 1 ] && [ "$averaged_steps" -lt "$steps" ] ||
-        _refuse "--averaged-steps is $averaged_steps, at least 1 and less than $steps is needed"
+for part in pretrain finetune; do
+    steps=${part}_steps averaged=${part}_averaged
+    [ "${!averaged}" -ge 1 ] && [ "${!averaged}" -lt "${!steps}" ] ||
+        _refuse "--$part-averaged is ${!averaged}, at least 1 and less than --$part-steps, ${!steps}, is needed"
 done
 $dry_run || [ -x "$python" ] || { log "there is no $python: run scripts/setup.sh first" && exit 1; }
 
@@ -37,14 +39,14 @@ for folder in "${folders[@]}"; do
     split=$(basename "$(realpath -ms -- "$folder")")
     pretrain_cuts+=("$out/mfcc/cuts/cuts_$split.jsonl.gz") pretrain_labels+=("$out/mfcc/labels/$split")
 done
-# checkpoints lie `averaged_steps` apart and the last two stay, between which weights are averaged
-training_options=(--trainer.max-epochs 100000 --trainer.keep.save-every "$averaged_steps" --trainer.keep.keep-last 2
-    --data.num-workers "$num_workers" --seed "$seed" --device "$device" --quiet "$quiet")
+# checkpoints lie as many steps apart as are averaged, and the last two stay
+common_options=(--trainer.max-epochs 100000 --trainer.keep.keep-last 2 --data.num-workers "$num_workers" --seed "$seed" --device "$device"
+    --quiet "$quiet")
 systems=(ctc_scratch ctc_pretrained transducer_scratch transducer_pretrained)
 
-# The last checkpoint of a run of so many steps, and the one before it.
+# Path of the checkpoint of run $1 after $2 steps, and of the one before it, where every $3 steps one was written.
 last_checkpoint() { printf '%s/checkpoints/step-%09d.pt' "$out/$1" "$2"; }
-earlier_checkpoint() { last_checkpoint "$1" "$((($2 - 1) / averaged_steps * averaged_steps))"; }
+earlier_checkpoint() { last_checkpoint "$1" "$((($2 - 1) / $3 * $3))"; }
 
 if in_stages 1 "cuts"; then
     run "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus_dir" --out "$out/cuts"
@@ -65,11 +67,12 @@ fi
 
 if in_stages 4 "pre-training"; then
     run "$python" -m k2ssl.bin.pretrain "$recipe/../folder/conf/zipformer_logmel.toml" --data.cuts "${pretrain_cuts[@]}" \
-        --data.labels "${pretrain_labels[@]}" --output "$out/pretrain" --trainer.max-steps "$pretrain_steps" "${training_options[@]}"
+        --data.labels "${pretrain_labels[@]}" --output "$out/pretrain" --trainer.max-steps "$pretrain_steps" \
+        --trainer.keep.save-every "$pretrain_averaged" "${common_options[@]}"
     if [ -f "$out/pretrained.pt" ]; then
         log "$out/pretrained.pt is there already"
     else
-        run "$python" -m k2ssl.bin.average --start "$(earlier_checkpoint pretrain "$pretrain_steps")" \
+        run "$python" -m k2ssl.bin.average --start "$(earlier_checkpoint pretrain "$pretrain_steps" "$pretrain_averaged")" \
             --end "$(last_checkpoint pretrain "$pretrain_steps")" --output "$out/pretrained.pt"
     fi
 fi
@@ -79,7 +82,9 @@ if in_stages 5 "fine-tuning"; then
         init=()
         [[ $system == *_scratch ]] || init=(--init "$out/pretrained.pt" --init-batch-count "$init_batch_count")
         run "$python" -m k2ssl.bin.finetune "$recipe/conf/finetune/${system%%_*}_letters.toml" --data.cuts "$out/cuts/cuts_train.jsonl.gz" \
-            --tokenizer "$out/letters.pt" "${init[@]}" --output "$out/$system" --trainer.max-steps "$finetune_steps" "${training_options[@]}"
+            --tokenizer "$out/letters.pt" "${init[@]}" --output "$out/$system" --trainer.max-steps "$finetune_steps" \
+            --schedule.lr-batches "$((finetune_steps / 2))" --schedule.warmup-batches "$((finetune_steps / 40))" \
+            --trainer.keep.save-every "$finetune_averaged" "${common_options[@]}"
     done
 fi
 
@@ -95,7 +100,7 @@ if in_stages 6 "recognition"; then
         name=$(basename "$folder")
         system=${name%%-*}
         run "$python" -m k2ssl.bin.decode "$(last_checkpoint "$system" "$finetune_steps")" --weights average \
-            --after "$(earlier_checkpoint "$system" "$finetune_steps")" --cuts "$out/cuts/cuts_test.jsonl.gz" --method "${name#*-}" \
+            --after "$(earlier_checkpoint "$system" "$finetune_steps" "$finetune_averaged")" --cuts "$out/cuts/cuts_test.jsonl.gz" --method "${name#*-}" \
             --output "$folder" --device "$device" --quiet "$quiet"
     done
 fi

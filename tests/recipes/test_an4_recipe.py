@@ -62,7 +62,8 @@ def test_scratch_and_pretrained_differ_in_nothing_but_where_the_encoder_begins()
 
 
 def test_weights_are_averaged_between_the_last_two_checkpoints(tmp_path: Path) -> None:
-    options = ["--corpus-dir", "an4", "--out", tmp_path, "--pretrain-steps", "500", "--finetune-steps", "450", "--averaged-steps", "100"]
+    options = ["--corpus-dir", "an4", "--out", tmp_path, "--pretrain-steps", "500", "--pretrain-averaged", "100"]
+    options += ["--finetune-steps", "450", "--finetune-averaged", "200"]
     shown = commands(*options)
     (mean,) = [words for words in shown if "k2ssl.bin.average" in words]
     assert "step-000000400.pt" in mean[mean.index("--start") + 1] and "step-000000500.pt" in mean[mean.index("--end") + 1]
@@ -76,8 +77,11 @@ def test_weights_are_averaged_between_the_last_two_checkpoints(tmp_path: Path) -
     ("options", "said"),
     [
         ([], "--corpus-dir is missing"),
-        (["--corpus-dir", "x", "--averaged-steps", "2000"], "--averaged-steps is 2000, at least 1 and less than 1800"),
-        (["--corpus-dir", "x", "--averaged-steps", "0"], "--averaged-steps is 0, at least 1"),
+        (
+            ["--corpus-dir", "x", "--pretrain-averaged", "1800"],
+            "--pretrain-averaged is 1800, at least 1 and less than --pretrain-steps, 1800",
+        ),
+        (["--corpus-dir", "x", "--finetune-averaged", "0"], "--finetune-averaged is 0, at least 1"),
         (["--corpus-dir", "x", "--finetune-steps", "many"], "--finetune-steps is many, a whole number"),
         (["--corpus-dir", "x", "--steps", "4"], "unknown option --steps"),
     ],
