@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import soundfile
@@ -125,7 +126,8 @@ def _read_any(cut: Cut, start: int, out: np.ndarray) -> None:
     rate, wanted = cut.sampling_rate, len(out)
     if start or wanted != num_samples(cut, rate):
         cut = cut.truncate(offset=start / rate, duration=wanted / rate, preserve_id=True)
-    samples = cut.load_audio()
+    with _one_thread():
+        samples = cut.load_audio()
     # lhotse gives what the duration rounds to; resampling may round the other way
     if samples is None or samples.shape[0] != 1 or abs(samples.shape[1] - wanted) > 1:
         shape = None if samples is None else samples.shape
@@ -133,6 +135,17 @@ def _read_any(cut: Cut, start: int, out: np.ndarray) -> None:
     out[: samples.shape[1]] = samples[0, :wanted]
     out[samples.shape[1] :] = 0.0
     _check_finite(cut.id, out)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a loader's worker: resampling (other rates, other speeds) sums in another order with more threads, and the last bits differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_finite(cut_id: str, samples: np.ndarray) -> None:

@@ -108,6 +108,18 @@ def test_an_interrupted_epoch_goes_on_with_the_same_speeds(recording: Recording)
     assert all(torch.equal(ours.audio, theirs.audio) for ours, theirs in zip(again, expected, strict=True))
 
 
+def test_speeds_are_the_same_bits_with_any_number_of_threads(recording: Recording) -> None:
+    threads, heard = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            heard.append([batch.audio for batch in loader(recording)])
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*heard, strict=True))
+
+
 def test_batches_hold_as_much_audio_as_is_allowed_of_what_is_heard(recording: Recording) -> None:
     batches = list(loader(recording, speeds=(0.5,), max_duration=30.0))
     assert max(batch.audio.numel() for batch in batches) <= 30 * RATE
