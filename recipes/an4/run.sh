@@ -8,7 +8,7 @@
 # A stage whose result is there is skipped, an interrupted one goes on where it was. The last stage writes OUT/score/report.txt and wer.json.
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-corpus_dir=  # AN4: a folder with etc/ and flac/ (required)
+corpus_dir=data/an4  # the corpus as it is published: a folder with etc/ and flac/
 audio_dir=  # further folders of audio to pre-train on, separated by commas; transcripts are not used
 out=exp/an4  # folder for everything that is made
 pretrain_steps=1800  # updates of 60 s
@@ -24,7 +24,6 @@ parse_options "$@"
 need_whole_numbers pretrain_steps finetune_steps pretrain_averaged finetune_averaged init_batch_count seed num_workers
 
 recipe=$(dirname "$recipe_script")
-[ -n "$corpus_dir" ] || _refuse "--corpus-dir is missing"
 for part in pretrain finetune; do
     steps=${part}_steps averaged=${part}_averaged
     [ "${!averaged}" -ge 1 ] && [ "${!averaged}" -lt "${!steps}" ] ||

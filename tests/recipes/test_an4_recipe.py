@@ -76,7 +76,7 @@ def test_weights_are_averaged_between_the_last_two_checkpoints(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "--corpus-dir is missing"),
+        (["--corpus-dir"], "--corpus-dir needs a value"),
         (
             ["--corpus-dir", "x", "--pretrain-averaged", "1800"],
             "--pretrain-averaged is 1800, at least 1 and less than --pretrain-steps, 1800",
