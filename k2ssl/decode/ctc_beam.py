@@ -20,6 +20,7 @@ from torch import Tensor
 from k2ssl.decode.alignment import token_begins
 from k2ssl.decode.ctc import check_log_probs
 from k2ssl.decode.hypotheses import Hypothesis
+from k2ssl.decode.prefix_hash import hash_on
 
 if TYPE_CHECKING:
     from k2ssl.decode.lm import TokenLm
@@ -228,20 +229,10 @@ def _choose(place: Tensor, stay: _Beams, grown: _Grown, tokens: Tensor, blank: i
         in_token=torch.where(is_grown, grown.probability.flatten(1).gather(1, at), kept.in_token),
         bonus=torch.where(is_grown, grown.bonus.flatten(1).gather(1, at), kept.bonus),
         last=torch.where(is_grown, token, kept.last),
-        prefix=torch.where(is_grown, _hash_on(kept.prefix, token), kept.prefix),
+        prefix=torch.where(is_grown, hash_on(kept.prefix, token), kept.prefix),
         parent=torch.where(is_grown, kept.prefix, kept.parent),
     )
     return chosen, _Step(parent, torch.where(is_grown, token, blank))
-
-
-def _hash_on(prefix: Tensor, token: Tensor) -> Tensor:
-    """Hash of a prefix with one more token; 64 bits, wrapping around.
-
-    Among a beam's few prefixes two different ones collide with a probability of about 2^-64 per pair. The odd multiplier is that of
-    splitmix64; shifting lets high bits reach the low ones.
-    """
-    mixed = (prefix ^ (token + 1)) * -0x40A7B892E31B1A47
-    return mixed ^ (mixed >> 31)
 
 
 def _collect(scores: Tensor, steps: list[_Step], log_probs: Tensor, lens: Tensor, blank: int, num: int) -> list[list[Hypothesis]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from k2ssl.decode.biasing import ContextGraph
 from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.lm import TokenLm
+from k2ssl.decode.prefix_hash import hash_on
 from k2ssl.decode.transducer_history import Fusion, History, HistoryScorer, JoinerLike, PredictorLike
 
 NEG_INF = float("-inf")
@@ -191,7 +192,7 @@ def _extend(beams: _Beams, log_probs: Tensor, scorer: HistoryScorer) -> tuple[_B
     parent, token = index.div(vocab_size, rounding_mode="floor"), index % vocab_size
     is_token = token != scorer.predictor.blank
     prefix = beams.prefix.gather(1, parent)
-    prefix = torch.where(is_token, _hash_on(prefix, token), prefix)
+    prefix = torch.where(is_token, hash_on(prefix, token), prefix)
     length = beams.length.gather(1, parent) + is_token
     score = _merge(score, length, prefix)
     first = torch.arange(0, batch * beam, beam, device=score.device).unsqueeze(1)
@@ -274,16 +275,6 @@ def _fusion(lm: TokenLm | None, lm_scale: float, lm_final: bool, biasing: Contex
     if not (math.isfinite(lm_scale) and lm_scale >= 0):
         raise ValueError(f"modified_beam_search: lm_scale is {lm_scale}, allowed is a finite number >= 0")
     return Fusion(lm if lm_scale > 0 else None, lm_scale, lm_final, biasing)
-
-
-def _hash_on(prefix: Tensor, token: Tensor) -> Tensor:
-    """Hash of a prefix with one more token; 64 bits, wrapping around.
-
-    Among a beam's few prefixes of equal length two different ones collide with a probability of about 2^-64 per pair. The odd
-    multiplier is that of splitmix64; shifting lets high bits reach the low ones.
-    """
-    mixed = (prefix ^ (token + 1)) * -0x40A7B892E31B1A47
-    return mixed ^ (mixed >> 31)
 
 
 def _check_encoder_out(encoder_out: Tensor, encoder_out_lens: Tensor) -> None:

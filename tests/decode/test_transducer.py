@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from k2ssl.decode import transducer, transducer_history
+from k2ssl.decode import transducer_history
 from k2ssl.decode.hypotheses import Hypothesis
+from k2ssl.decode.prefix_hash import hash_on
 from k2ssl.decode.transducer import greedy_search, modified_beam_search
 from k2ssl.models.predictor import Joiner, JoinerConfig, Predictor, PredictorConfig
 from k2ssl.nn.schedule import Clock
@@ -221,7 +222,7 @@ def test_utterance_without_frames_is_empty() -> None:
 def test_hash_of_short_prefixes_is_unique() -> None:
     prefix, token = torch.zeros(1, dtype=torch.int64), torch.arange(60)
     for _ in range(3):
-        prefix = transducer._hash_on(prefix.unsqueeze(1), token).flatten()
+        prefix = hash_on(prefix.unsqueeze(1), token).flatten()
     assert prefix.unique().numel() == 60**3
 
 
