@@ -13,30 +13,28 @@ settings, 130 interrupted, with nothing written.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_cuts import Chained, CutLists, LoaderConfig, check_device, check_files, cut_totals
+from k2ssl.atomic_file import atomic_file
+from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.decode_arguments import with_names
-from k2ssl.bin.decode_model import TrainedModel, check_checkpoints, load_trained
+from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
-from k2ssl.config import ConfigError
+from k2ssl.bin.recognition_job import RecognitionJob
+from k2ssl.bin.run_folder import refusing
 from k2ssl.decode.alignment import Alignment, align
 from k2ssl.decode.results import Word
 from k2ssl.decode.word_times import word_times
-from k2ssl.models.load import Weights
 from k2ssl.train.ledger import Ledger
-from k2ssl.train.precision import Precision, choose_precision
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
     from lhotse.cut import Cut
@@ -49,8 +47,8 @@ _LISTED = 5  # utterances that the summary names
 Unaligned = dict[str, str]  # why, by utterance
 
 
-@dataclass(frozen=True)
-class Align:
+@dataclass(frozen=True, kw_only=True)
+class Align(RecognitionJob):
     """Settings of the program.
 
     Attributes:
@@ -59,55 +57,27 @@ class Align:
         cuts: manifests of the utterances with their transcripts (.jsonl.gz).
         output: CTM file to write; a list of what could not be aligned lies beside it.
         unit: what a line is: a word, or a token of the checkpoint's tokenizer.
-        weights: raw, as the last optimizer step left them, or average, the mean over all steps that a training checkpoint holds.
-        after: with averaged weights of one checkpoint: the checkpoint after which the range of steps begins.
-        loader: how audio is read.
-        precision: number format of the encoder; auto is bfloat16 on GPUs that have it.
-        device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
-        overwrite: replace OUTPUT if it exists.
-        quiet: plain lines instead of a progress bar, for logs.
     """
 
-    cuts: tuple[str, ...]
-    output: str
-    checkpoints: tuple[str, ...] = ()
     unit: Literal["word", "token"] = "word"
-    weights: Weights = "raw"
-    after: str | None = None
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    precision: Precision = "float32"
-    device: str = "auto"
-    overwrite: bool = False
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.cuts:
-            raise ValueError("Align: cuts names no manifest, at least one is needed")
-        check_device(self.device, "Align: ")
 
 
 def run_alignment(job: Align) -> None:
     """Do the job.
 
     Raises:
-        ValueError: OUTPUT exists; a checkpoint without a CTC head; ids that a CTM file cannot hold; nothing could be aligned.
+        ConfigError: OUTPUT exists; a checkpoint without a CTC head; ids that a CTM file cannot hold.
+        ValueError: nothing could be aligned.
     """
     device = torch.device(choose_device(job.device))
-    check_checkpoints(job.checkpoints, job.weights, job.after)
-    check_files(cuts=job.cuts)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(f"{os.environ['WORLD_SIZE']} processes were started, this program runs in one; give each a part of the manifests")
-    output = Path(job.output)
-    if output.is_dir():
-        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
-    if output.exists() and not job.overwrite:
-        raise ConfigError(f"{output} exists; --overwrite True replaces it")
-    writable_folder(output.parent)
-    trained = load_trained(job.checkpoints, job.weights, job.after, device, choose_precision(job.precision, device))
-    if trained.model.ctc is None:
-        raise ValueError(f"{job.checkpoints[0]}: has no CTC head, which alignment takes; its heads are {trained.model.config.heads!r}")
-    cuts = Chained(CutLists(job.cuts).open())
-    totals = cut_totals(cuts, _id_checker())
+    job.check_inputs()
+    output = job.check_file_and_process("; give each a part of the manifests")
+    with refusing():
+        trained = job.load_model(device)
+        if trained.model.ctc is None:
+            raise ValueError(f"{job.checkpoints[0]}: has no CTC head, which alignment takes; its heads are {trained.model.config.heads!r}")
+        cuts = Chained(CutLists(job.cuts).open())
+        totals = cut_totals(cuts, _id_checker())
     unaligned: Unaligned = {}
     lines = 0
     with Ledger(output.parent, "align", device, 1) as ledger, atomic_file(output) as file:

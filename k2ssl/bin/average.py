@@ -16,9 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from k2ssl.atomic_file import save_atomically, writable_folder
+from k2ssl.atomic_file import save_atomically
+from k2ssl.bin.cluster_cuts import check_files
 from k2ssl.bin.model_averages import mean_of_models, mean_over_steps, open_model
+from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
+from k2ssl.bin.run_folder import refusing
 from k2ssl.config import ConfigError
 from k2ssl.models.load import FORMAT, VERSION, config_to_dict
 from k2ssl.train.checkpoint import check_records
@@ -46,16 +49,18 @@ class Average:
 def average(job: Average) -> None:
     """Do the job."""
     _check(job)
-    writable_folder(Path(job.output).parent)
-    for path in (*job.checkpoints, job.start, job.end):
-        if path is not None:
-            check_records(path)
-    if job.end is None:
-        file = open_model(job.checkpoints[0], "raw")
-        mean, what = mean_of_models(file, job.checkpoints[1:]), f"mean of {len(job.checkpoints)} models"
-    else:
-        file = open_model(job.end, "average")
-        mean, what = mean_over_steps(job.start, file)
+    check_files(checkpoints=job.checkpoints, start=job.start, end=job.end)
+    check_output(job.output, job.overwrite)
+    with refusing():
+        for path in (*job.checkpoints, job.start, job.end):
+            if path is not None:
+                check_records(path)
+        if job.end is None:
+            file = open_model(job.checkpoints[0], "raw")
+            mean, what = mean_of_models(file, job.checkpoints[1:]), f"mean of {len(job.checkpoints)} models"
+        else:
+            file = open_model(job.end, "average")
+            mean, what = mean_over_steps(job.start, file)
     model = file.model
     model.load_state_dict(mean)  # in its own number formats
     content = {"format": FORMAT, "version": VERSION, "config": config_to_dict(model.config), "model": model.state_dict()}
@@ -73,8 +78,6 @@ def _check(job: Average) -> None:
     for number, path in enumerate(named):
         if (earlier := files.index(files[number])) < number:
             raise ConfigError(f"{path} is the same file as {named[earlier]}, different ones are needed")
-    if Path(job.output).exists() and not job.overwrite:
-        raise ValueError(f"{job.output} exists; --overwrite True replaces it")
 
 
 def main(argv: list[str] | None = None) -> int:

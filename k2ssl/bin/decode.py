@@ -15,7 +15,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from k2ssl import __version__, distributed
-from k2ssl.bin.cluster_cuts import PATIENCE_MINUTES, Chained, CutLists, LoaderConfig, Survey, check_device, check_files, cut_totals, on_main
+from k2ssl.bin.cluster_cuts import PATIENCE_MINUTES, Chained, CutLists, Survey, cut_totals, on_main
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_folder import (
     HYPOTHESES,
@@ -37,18 +37,17 @@ from k2ssl.bin.decode_folder import (
     write_record,
 )
 from k2ssl.bin.decode_methods import Method, Recognizer, SearchConfig, build_recognizer, options_of
-from k2ssl.bin.decode_model import check_checkpoints, load_trained
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
+from k2ssl.bin.recognition_job import RecognitionJob
 from k2ssl.bin.run_folder import refusing, say
 from k2ssl.config import ConfigError
 from k2ssl.data.label_format import file_sha256
+from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.results import Alternative, Result
 from k2ssl.decode.wer import error_report
-from k2ssl.models.load import Weights
 from k2ssl.structure import to_dict
 from k2ssl.train.ledger import Ledger
-from k2ssl.train.precision import Precision, choose_precision
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
     from lhotse.cut import Cut
@@ -58,45 +57,25 @@ if TYPE_CHECKING:  # slow to import, and not needed to show --help
 _LISTED = 5  # utterances that a message names
 
 
-@dataclass(frozen=True)
-class Decode:
+@dataclass(frozen=True, kw_only=True)
+class Decode(RecognitionJob):
     """Settings of the program.
 
     Attributes:
-        checkpoints: training checkpoints of k2ssl.bin.finetune; the first arguments of the command line are these too. Of several the mean
-            of the weights is taken.
         cuts: manifests of the utterances (.jsonl.gz), with transcripts or without.
         output: folder for the results.
         method: the search; ctc-... need a CTC head, the others a transducer.
         search: its options.
-        weights: raw, as the last optimizer step left them, or average, the mean over all steps that a training checkpoint holds.
-        after: with averaged weights of one checkpoint: the checkpoint after which the range of steps begins.
         timestamps: write the time of every word.
-        loader: how audio is read.
-        precision: number format of the encoder; float32 gives the same text in every batch. auto is bfloat16 on GPUs that have it.
-        device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
         overwrite: remove results that are in OUTPUT already.
-        quiet: plain lines instead of a progress bar, for logs.
     """
 
-    cuts: tuple[str, ...]
-    output: str
     method: Method
-    checkpoints: tuple[str, ...] = ()
     search: SearchConfig = field(default_factory=SearchConfig)
-    weights: Weights = "raw"
-    after: str | None = None
     timestamps: bool = False
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    precision: Precision = "float32"
-    device: str = "auto"
-    overwrite: bool = False
-    quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not self.cuts:
-            raise ValueError("Decode: cuts names no manifest, at least one is needed")
-        check_device(self.device, "Decode: ")
+        super().__post_init__()
         options_of(self.method, self.search)
 
 
@@ -105,12 +84,11 @@ def decode(job: Decode) -> None:
     from k2ssl.bin.cluster_features import choose_device
 
     where = choose_device(job.device)
-    check_checkpoints(job.checkpoints, job.weights, job.after)
-    check_files(cuts=job.cuts, **job.search.files())
+    job.check_inputs(**job.search.files())
     output = Path(job.output)
     with distributed.set_up(where, timeout_minutes=PATIENCE_MINUTES) as device:
         with refusing():
-            trained = load_trained(job.checkpoints, job.weights, job.after, device, choose_precision(job.precision, device))
+            trained = job.load_model(device)
             recognizer = build_recognizer(job.method, job.search, trained)
             cuts = Chained(CutLists(job.cuts).open())
         totals = on_main(lambda: survey(cuts))
@@ -218,9 +196,17 @@ def results_of(batch: Utterances, recognizer: Recognizer, timestamps: bool) -> I
     heard = recognizer.hypotheses(batch.audio, batch.audio_lens)
     for utterance, samples, found in zip(batch.about, batch.audio_lens.tolist(), heard, strict=True):
         best = found[0]
-        nbest = [Alternative(recognizer.text(other), other.score) for other in found] if recognizer.options.get("nbest", 1) > 1 else []
+        nbest = alternatives(recognizer, found) if recognizer.options.get("nbest", 1) > 1 else ()
         words = recognizer.words(best, samples) if timestamps else ()
-        yield utterance.result(recognizer.text(best), best.score, words=words, nbest=tuple(nbest))
+        yield utterance.result(recognizer.text(best), best.score, words=words, nbest=nbest)
+
+
+def alternatives(recognizer: Recognizer, found: Sequence[Hypothesis]) -> tuple[Alternative, ...]:
+    """The different texts of hypotheses, best first, each with the score of the best that reads so: tokens may differ where text does not."""
+    scores: dict[str, float] = {}
+    for hypothesis in found:
+        scores.setdefault(recognizer.text(hypothesis), hypothesis.score)
+    return tuple(Alternative(text, score) for text, score in scores.items())
 
 
 def finish(output: Path, cuts: Chained, totals: Survey, speed: Mapping[str, float], device: torch.device) -> None:

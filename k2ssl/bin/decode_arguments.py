@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
-def with_names(argv: Sequence[str], first: str, rest: str) -> list[str]:
+def is_settings(name: str) -> bool:
+    """Whether a file is one of settings, by its name."""
+    return name.endswith((".toml", ".json"))
+
+
+def with_names(argv: Sequence[str], first: str, rest: str, settings: Callable[[str], bool] = is_settings) -> list[str]:
     """The command line with its leading arguments made options: `A B C --x 1` to `--FIRST A --REST B C --x 1`.
 
-    A leading argument that ends in .toml or .json stays in front, as a file of settings. `-` alone is a name, of standard input.
+    A leading argument that is a file of settings stays in front. `-` alone is a name, of standard input.
 
     Args:
         argv: the command line.
         first: option that gets the first name.
         rest: option that gets all others; it may be `first` again.
+        settings: tells which arguments are files of settings.
     """
     begin = next((i for i, argument in enumerate(argv) if argument.startswith("-") and argument != "-"), len(argv))
-    settings = [argument for argument in argv[:begin] if argument.endswith((".toml", ".json"))]
-    names = [argument for argument in argv[:begin] if not argument.endswith((".toml", ".json"))]
-    result = settings
+    result = [argument for argument in argv[:begin] if settings(argument)]
+    names = [argument for argument in argv[:begin] if not settings(argument)]
     if first == rest:
         result = [*result, *([f"--{first}", *names] if names else [])]
     else:

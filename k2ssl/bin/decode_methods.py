@@ -36,19 +36,19 @@ _BEAM = {"nbest": 1, "lm": None}
 _FLASHLIGHT = {"beam": 100, **_BEAM, "lm_scale": 1.0, "beam_tokens": None, "beam_threshold": 50.0}
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "ctc-greedy": {},
-    "ctc-prefix-beam": {"beam": 10, **_BEAM, "lm_scale": 0.3, "token_score": 0.0},
+    "ctc-prefix-beam": {"beam": 10, **_BEAM, "lm_scale": 0.3, "lm_final": True, "token_score": 0.0},
     "ctc-lexicon-free": _FLASHLIGHT,
     "ctc-lexicon": {**_FLASHLIGHT, "lexicon": None, "word_score": 0.0},
     "greedy": {"max_symbols_per_frame": 1, "blank_penalty": 0.0},
     "modified-beam": {
-        **{"beam": 4, **_BEAM, "lm_scale": 0.3, "blank_penalty": 0.0, "temperature": 1.0},
+        **{"beam": 4, **_BEAM, "lm_scale": 0.3, "lm_final": False, "blank_penalty": 0.0, "temperature": 1.0},
         **{"context": None, "context_score": 2.0},
     },
 }
 _ZIP = b"PK\x03\x04"  # a checkpoint begins with it, even one that is cut short
 _TAKE_LM = "ctc-prefix-beam, modified-beam"  # those with a language model of ours
 _FILES = ("lm", "lexicon", "context")  # options that name files
-_NEEDS = {"lm_scale": "lm", "context_score": "context"}  # options that have an effect only with another
+_NEEDS = {"lm_scale": "lm", "lm_final": "lm", "context_score": "context"}  # options that have an effect only with another
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class SearchConfig:
         lm: language model over the tokenizer's tokens, an ARPA file or a checkpoint of k2ssl.bin.train_lm; for both searches of flashlight
             an ARPA or binary file of KenLM, for ctc-lexicon over words.
         lm_scale: weight of its natural logarithms; none: 0.3, for the searches of flashlight 1.
+        lm_final: whether the probability that the sentence ends counts; none: it does for ctc-prefix-beam, not for modified-beam. The
+            searches of flashlight always count it.
         max_symbols_per_frame: how many tokens a frame may emit; none: 1.
         blank_penalty: subtracted from blank's logit, nats; larger values mean fewer deletions; none: 0.
         temperature: divides the logits; none: 1.
@@ -77,6 +79,7 @@ class SearchConfig:
     nbest: int | None = None
     lm: str | None = None
     lm_scale: float | None = None
+    lm_final: bool | None = None
     max_symbols_per_frame: int | None = None
     blank_penalty: float | None = None
     temperature: float | None = None
@@ -187,8 +190,14 @@ def build_recognizer(method: Method, config: SearchConfig, trained: TrainedModel
     return Recognizer(trained, build_search(method, options, trained), options)
 
 
-def build_search(method: Method, options: Mapping[str, Any], trained: TrainedModel) -> Search:
+def build_search(method: Method, options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any] | None = None) -> Search:
     """The search, ready to be called with frames: per utterance its hypotheses, best first.
+
+    Args:
+        method: which search.
+        options: all of its options, see `options_of`.
+        trained: the model.
+        read: what the files of options hold, for several searches that differ in numbers alone; each file is read by the first of them.
 
     Raises:
         ValueError: the model lacks the head that the method searches over; names the methods that there are for it.
@@ -198,45 +207,46 @@ def build_search(method: Method, options: Mapping[str, Any], trained: TrainedMod
     if head not in heads:
         possible = [other for other in _OPTIONS if ("ctc" if other.startswith("ctc-") else "transducer") in heads]
         raise ValueError(f"method is {method!r}, but the checkpoint has no {head} head; allowed are {', '.join(possible)}")
-    return _BUILDERS[method](options, trained)
+    return _BUILDERS[method](options, trained, {} if read is None else read)
 
 
-def _ctc_greedy(options: Mapping[str, Any], trained: TrainedModel) -> Search:
+def _ctc_greedy(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
     head = trained.model.ctc
     assert head is not None
     return lambda output: _singly(ctc.greedy_search(head(output.frames), output.lens, trained.tokenizer.blank))
 
 
-def _ctc_prefix_beam(options: Mapping[str, Any], trained: TrainedModel) -> Search:
-    head, settings = trained.model.ctc, _settings(options, trained)
+def _ctc_prefix_beam(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
+    head, settings = trained.model.ctc, _settings(options, trained, read)
     assert head is not None
     return lambda output: prefix_beam_search(head(output.frames), output.lens, trained.tokenizer.blank, **settings)
 
 
-def _greedy(options: Mapping[str, Any], trained: TrainedModel) -> Search:
+def _greedy(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
     head = trained.model.transducer
     assert head is not None
     return lambda output: _singly(transducer.greedy_search(head.predictor, head.joiner, output.frames, output.lens, **options))
 
 
-def _modified_beam(options: Mapping[str, Any], trained: TrainedModel) -> Search:
-    head, settings = trained.model.transducer, _settings(options, trained)
+def _modified_beam(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
+    head, settings = trained.model.transducer, _settings(options, trained, read)
     assert head is not None
     return lambda output: transducer.modified_beam_search(head.predictor, head.joiner, output.frames, output.lens, **settings)
 
 
-def _lexicon_free(options: Mapping[str, Any], trained: TrainedModel) -> Search:
-    return _flashlight(options, trained, None, "")
+def _lexicon_free(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
+    return _flashlight(options, trained, read, None, "")
 
 
-def _lexicon(options: Mapping[str, Any], trained: TrainedModel) -> Search:
+def _lexicon(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
     from k2ssl.data.tokenizer import LetterTokenizer
 
     delimiter = trained.tokenizer.delimiter if isinstance(trained.tokenizer, LetterTokenizer) else ""
-    return _flashlight(options, trained, read_lexicon(options["lexicon"], trained.tokenizer, delimiter), delimiter)
+    words = _once(read, "lexicon", lambda: read_lexicon(options["lexicon"], trained.tokenizer, delimiter))
+    return _flashlight(options, trained, read, words, delimiter)
 
 
-def _flashlight(options: Mapping[str, Any], trained: TrainedModel, lexicon: Lexicon | None, delimiter: str) -> Search:
+def _flashlight(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any], lexicon: Lexicon | None, delimiter: str) -> Search:
     head, tokenizer = trained.model.ctc, trained.tokenizer
     assert head is not None
     if options["lm"] is not None and _is_checkpoint(options["lm"]):
@@ -244,11 +254,13 @@ def _flashlight(options: Mapping[str, Any], trained: TrainedModel, lexicon: Lexi
             f"search.lm is {options['lm']}, a checkpoint; this method takes a file of KenLM, others take checkpoints: {_TAKE_LM}"
         )
     settings = {name: options[name] for name in ("beam", "beam_tokens", "beam_threshold", "lm_scale", "word_score") if name in options}
-    search = FlashlightSearch(FlashlightConfig(**settings, delimiter=delimiter), tokenizer.symbols, tokenizer.blank, lexicon, options["lm"])
+    config = FlashlightConfig(**settings, delimiter=delimiter)
+    first = _once(read, "flashlight", lambda: FlashlightSearch(config, tokenizer.symbols, tokenizer.blank, lexicon, options["lm"]))
+    search = first.with_config(config)
     return lambda output: search.search(head(output.frames), output.lens, options["nbest"])
 
 
-_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], TrainedModel], Search]] = {
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], TrainedModel, dict[str, Any]], Search]] = {
     "ctc-greedy": _ctc_greedy,
     "ctc-prefix-beam": _ctc_prefix_beam,
     "ctc-lexicon-free": _lexicon_free,
@@ -258,12 +270,20 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], TrainedModel], Search]] = {
 }
 
 
-def _settings(options: Mapping[str, Any], trained: TrainedModel) -> dict[str, Any]:
+def _once(read: dict[str, Any], name: str, make: Callable[[], T]) -> T:
+    """What `read` holds under a name, made if it is not there."""
+    if name not in read:
+        read[name] = make()
+    result: T = read[name]
+    return result
+
+
+def _settings(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a beam search, its files read."""
     settings = dict(options)
     settings["num_hypotheses"] = settings.pop("nbest")
     if (lm := settings.pop("lm")) is not None:
-        settings["lm"] = load_lm(lm, trained.tokenizer).to(trained.device)
+        settings["lm"] = _once(read, "lm", lambda: load_lm(lm, trained.tokenizer).to(trained.device))
     context, score = settings.pop("context", None), settings.pop("context_score", 0.0)
     if context is not None:
         settings["biasing"] = ContextGraph(read_phrases(context, trained.tokenizer), score).to(trained.device)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from k2ssl import distributed
-from k2ssl.atomic_file import atomic_file, writable_folder
+from k2ssl.atomic_file import atomic_file
 from k2ssl.bin.cluster_cuts import (
     PATIENCE_MINUTES,
     Chained,
@@ -40,8 +40,10 @@ from k2ssl.bin.cluster_cuts import (
     on_main,
 )
 from k2ssl.bin.cluster_features import HiddenConfig, build_features, choose_device, peak_memory
+from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
+from k2ssl.bin.run_folder import refusing
 from k2ssl.config import ConfigError, dump
 from k2ssl.labelling.assign import LoadedFrames
 from k2ssl.labelling.corpus_parts import PartCounter
@@ -152,34 +154,30 @@ def fit(job: FitKMeans) -> None:
     """Do the job on this rank."""
     output, where = Path(job.output), choose_device(job.device)
     check_files(cuts=job.cuts, checkpoint=job.features.checkpoint if isinstance(job.features, HiddenConfig) else None)
-    if output.is_dir():
-        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
-    if output.exists() and not job.overwrite:
-        if not job.skip_finished:
-            raise ValueError(f"{output} exists; --overwrite True replaces it")
+    if job.skip_finished and output.is_file() and not job.overwrite:
         check_finished(job, output)
         print(f"{output} is there already")
         return
-    writable_folder(output.parent)
+    check_output(output, job.overwrite)
     started = time.monotonic()
-    with (
-        distributed.set_up(where, timeout_minutes=PATIENCE_MINUTES) as device,
-        Ledger(output.parent, "fit_kmeans", device, distributed.world_size()) as ledger,
-    ):
-        features = build_features(job.features, device)
-        kmeans, num_skipped = fit_features(job, features, device, ledger)
-        if not distributed.is_main():
-            return
-        with atomic_file(output.with_name(output.name + ".json")) as file:
-            file.write(dump(job).encode())
-        kmeans.save(output)
-        for left in output.parent.glob(f"{glob.escape(output.name)}.progress*"):
-            left.unlink()
+    with distributed.set_up(where, timeout_minutes=PATIENCE_MINUTES) as device:
+        with refusing():
+            features = build_features(job.features, device)
+            cuts = Chained(CutLists(job.cuts).open())
+        with Ledger(output.parent, "fit_kmeans", device, distributed.world_size()) as ledger:
+            kmeans, num_skipped = fit_features(job, features, cuts, device, ledger)
+            if not distributed.is_main():
+                return
+            with atomic_file(output.with_name(output.name + ".json")) as file:
+                file.write(dump(job).encode())
+            kmeans.save(output)
+            for left in output.parent.glob(f"{glob.escape(output.name)}.progress*"):
+                left.unlink()
     print(f"{output}: {kmeans.num_clusters} centres of {kmeans.dim} dimensions, sha256 {kmeans.sha256[:16]}...")
     print(f"{time.monotonic() - started:.1f} s, {num_skipped} unreadable cuts left out, peak memory {peak_memory(device)}")
 
 
-def fit_features(job: FitKMeans, features: FeatureFunction, device: torch.device, ledger: Ledger) -> tuple[KMeans, int]:
+def fit_features(job: FitKMeans, features: FeatureFunction, cuts: Chained, device: torch.device, ledger: Ledger) -> tuple[KMeans, int]:
     """The centres, and on rank 0 how many cuts were left out.
 
     Raises:
@@ -188,7 +186,6 @@ def fit_features(job: FitKMeans, features: FeatureFunction, device: torch.device
     output, rank = Path(job.output), distributed.rank()
     checkpoint = output.with_name(output.name + ".progress")
     begun = any(output.parent.glob(f"{glob.escape(checkpoint.name)}*"))  # looked for before any rank can have written one
-    cuts = Chained(CutLists(job.cuts).open())
     whole = on_main(lambda: survey(cuts, job, features.frame_rate))
     skipped = SkippedCuts(
         output.with_name(f"{output.name}.skipped-{rank:05d}.tsv"),
@@ -264,19 +261,19 @@ def check_finished(job: FitKMeans, output: Path) -> None:
     """Refuse centres that other settings or older manifests led to.
 
     Raises:
-        ValueError: names the setting with both values, or the manifest.
+        ConfigError: names the setting with both values, or the manifest.
     """
     settings = output.with_name(output.name + ".json")
     if not settings.is_file():
-        raise ValueError(f"{output} exists without {settings.name}, so it is not known what led to it; --overwrite True replaces it")
+        raise ConfigError(f"{output} exists without {settings.name}, so it is not known what led to it; --overwrite True replaces it")
     made, asked = json.loads(settings.read_text(encoding="utf-8")), json.loads(dump(job))
     for name in ("cuts", "features", "kmeans"):
         if made.get(name) != asked[name]:
-            raise ValueError(f"{output} exists, made with {name} {made.get(name)}, now {asked[name]}; --overwrite True replaces it")
+            raise ConfigError(f"{output} exists, made with {name} {made.get(name)}, now {asked[name]}; --overwrite True replaces it")
     inputs = [*job.cuts, *([job.features.checkpoint] if isinstance(job.features, HiddenConfig) else [])]
     for manifest in inputs:
         if Path(manifest).stat().st_mtime > output.stat().st_mtime:
-            raise ValueError(f"{output} exists, but {manifest} is newer; --overwrite True replaces it")
+            raise ConfigError(f"{output} exists, but {manifest} is newer; --overwrite True replaces it")
 
 
 def main(argv: list[str] | None = None) -> int:

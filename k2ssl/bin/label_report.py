@@ -14,9 +14,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k2ssl.atomic_file import writable_folder
+from k2ssl.bin.output_file import check_output, refuse_existing
 from k2ssl.bin.program import run_program
 from k2ssl.bin.quality_report import CompareConfig, measure_store, open_comparison, picture_path, write_report
+from k2ssl.bin.run_folder import refusing
 from k2ssl.config import ConfigError
 
 
@@ -46,12 +47,11 @@ def report(job: LabelReport) -> None:
     output = Path(job.output)
     if output.suffix != ".json":
         raise ConfigError(f"output is {output}, a name that ends in .json is needed")
-    for file in (output, picture_path(output)):
-        if file.exists() and not job.overwrite:
-            raise ValueError(f"{file} exists; --overwrite True replaces it")
-    store = LabelStore.open(job.labels)
-    compare = open_comparison(job.compare)
-    writable_folder(output.parent)
+    refuse_existing(picture_path(output), job.overwrite)
+    check_output(output, job.overwrite)
+    with refusing():
+        store = LabelStore.open(job.labels)
+        compare = open_comparison(job.compare)
     store.verify()  # opening looks at the ends of files only
     quality = measure_store(store, compare, job.quiet)
     write_report(quality, store, job.compare, output)

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.decode_arguments import with_names
+from k2ssl.atomic_file import atomic_file
+from k2ssl.bin.decode_arguments import is_settings, with_names
+from k2ssl.bin.output_file import check_folder, refuse_existing
 from k2ssl.bin.program import run_program
 from k2ssl.config import ConfigError
 from k2ssl.decode.compare import Comparison, compare
-from k2ssl.decode.results import iterate_results
+from k2ssl.decode.results import from_line, iterate_results
 from k2ssl.decode.score_report import comparison_text, conditions, overview, score_text
 from k2ssl.decode.scoring import Casing, Score, TextRule, UnicodeForm, score, score_content
 from k2ssl.decode.wer import DRAWS, Unit
@@ -77,7 +78,7 @@ class ScoreJob:
 def run(job: ScoreJob) -> None:
     """Do the job."""
     _check(job)
-    output = writable_folder(job.output)
+    output = check_folder(job.output)
     scores = [(path, _scored(path, job)) for path in job.hypotheses]
     comparison = _compared(scores, job) if job.compare else None
     _write(output / "report.txt", report_text(scores, comparison, job))
@@ -122,9 +123,7 @@ def _check(job: ScoreJob) -> None:
             if Path(path).samefile(earlier):
                 raise ConfigError(f"hypotheses: {path} is the same file as {earlier}, different ones are needed")
     for name in ("report.txt", "wer.json"):
-        file = Path(job.output) / name
-        if file.exists() and not job.overwrite:
-            raise ValueError(f"{file} exists; --overwrite True replaces it")
+        refuse_existing(Path(job.output) / name, job.overwrite)
 
 
 def _scored(path: str, job: ScoreJob) -> Score:
@@ -149,10 +148,20 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def _holds_results(path: str) -> bool:
+    """Whether a file begins with a result; settings may have the same ending."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            from_line(file.readline())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if "--hypotheses" not in given:
-        given = with_names(given, "hypotheses", "hypotheses")
+        given = with_names(given, "hypotheses", "hypotheses", lambda name: is_settings(name) and not _holds_results(name))
     return run_program(run, ScoreJob, given, "score", __doc__ or "")
 
 

@@ -5,8 +5,8 @@
         --output tokens.arpa
 
 Interpolated modified Kneser-Ney smoothing. Writes OUTPUT and, beside it, the settings as OUTPUT.json; prints how many n-grams there are, and
-perplexities. The same text and settings give the same file. Exit status: 0 done, 1 the run failed, 2 wrong usage or settings, 130
-interrupted.
+perplexities. The text to check is read through before the work begins, and OUTPUT is written last. The same text and settings give the
+same file. Exit status: 0 done, 1 the run failed, 2 wrong usage or settings, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_cuts import check_files
+from k2ssl.atomic_file import atomic_file
+from k2ssl.bin.cluster_cuts import CutLists, check_files
+from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
+from k2ssl.bin.run_folder import refusing
 from k2ssl.bin.sentences import Sentences
-from k2ssl.config import ConfigError, dump
-from k2ssl.data.tokenizer import NormalizationConfig, load_tokenizer
+from k2ssl.config import dump
+from k2ssl.data.tokenizer import NormalizationConfig, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from k2ssl.decode.arpa import Arpa
@@ -115,26 +116,38 @@ def train(job: TrainNgram) -> None:
     from k2ssl.decode.arpa import write_arpa
     from k2ssl.decode.kneser_ney import kneser_ney
 
-    output = Path(job.output)
     check_files(text=job.text, cuts=job.cuts, check_text=job.check_text, check_cuts=job.check_cuts, tokenizer=job.tokenizer)
-    if output.is_dir():
-        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
-    if output.exists() and not job.overwrite:
-        raise ValueError(f"{output} exists; --overwrite True replaces it")
-    writable_folder(output.parent)
-    tokenizer = None if job.tokenizer is None else load_tokenizer(job.tokenizer)
-    sentences = Sentences(job.text, job.cuts, job.normalization, tokenizer)
+    output = check_output(job.output, job.overwrite)
+    with refusing():
+        tokenizer = None if job.tokenizer is None else load_tokenizer(job.tokenizer)
+        CutLists((*job.cuts, *job.check_cuts)).open()
+        sentences = Sentences(job.text, job.cuts, job.normalization, tokenizer)
+        checks = _checks(job, sentences)
+        for check in checks:
+            _read_through(check)  # hours of counting must not end at a mistake in the text to check
     counts = _count(sentences, job.order)
+    unknown = f", {sentences.unknown:,} characters that the tokenizer does not have" if sentences.unknown else ""
     model = kneser_ney(counts, job.prune)
-    with atomic_file(output) as file:
-        write_arpa(file, model, compress=output.suffix == ".gz")
+    unit = "words" if tokenizer is None else "tokens"
+    perplexities = _perplexities(checks or [sentences], bool(checks), tokenizer, model, unit)
     with atomic_file(output.with_name(output.name + ".json")) as file:
         file.write(dump(job).encode())
-    unknown = f", {sentences.unknown:,} characters that the tokenizer does not have" if sentences.unknown else ""
-    unit = "words" if tokenizer is None else "tokens"
+    with atomic_file(output) as file:
+        write_arpa(file, model, compress=output.suffix == ".gz")
     print(f"{output}: of {counts.num_sentences:,} sentences with {counts.num_words:,} {unit}{unknown}")
     print(_table(counts, model, unit))
-    print(_perplexities(job, sentences, model, unit))
+    print(perplexities)
+
+
+def _checks(job: TrainNgram, sentences: Sentences) -> list[Sentences]:
+    """The text whose perplexity is asked for, file by file."""
+    texts = [replace(sentences, text=(path,), cuts=()) for path in job.check_text]
+    return texts + [replace(sentences, text=(), cuts=(path,)) for path in job.check_cuts]
+
+
+def _read_through(sentences: Sentences) -> None:
+    for _ in sentences:
+        pass
 
 
 def _count(sentences: Sentences, order: int) -> NgramCounts:
@@ -156,16 +169,14 @@ def _table(counts: NgramCounts, model: Arpa, unit: str) -> str:
     return "\n".join(lines)
 
 
-def _perplexities(job: TrainNgram, sentences: Sentences, model: Arpa, unit: str) -> str:
+def _perplexities(checks: Sequence[Sentences], named: bool, tokenizer: Tokenizer | None, model: Arpa, unit: str) -> str:
     from k2ssl.decode.lm import NgramLm
 
-    pieces = ("<blk>", "<unk>", *model.words[3:]) if sentences.tokenizer is None else sentences.tokenizer.symbols
+    pieces = ("<blk>", "<unk>", *model.words[3:]) if tokenizer is None else tokenizer.symbols
     lm = NgramLm(model, pieces)
-    checks = [replace(sentences, text=(path,), cuts=()) for path in job.check_text]
-    checks += [replace(sentences, text=(), cuts=(path,)) for path in job.check_cuts]
     lines = []
-    for check in checks or [sentences]:
-        name = " ".join((*check.text, *check.cuts)) if checks else "the text itself, which it knows"
+    for check in checks:
+        name = " ".join((*check.text, *check.cuts)) if named else "the text itself, which it knows"
         row = perplexity(lm, pieces, check)
         lines.append(
             f"perplexity of {name}: {row.known:.2f} ({row.all:.2f} with {row.unknown:,} unknown {unit}); "

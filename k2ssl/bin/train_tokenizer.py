@@ -14,12 +14,13 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_cuts import check_files
+from k2ssl.atomic_file import atomic_file
+from k2ssl.bin.cluster_cuts import CutLists, check_files
+from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
-from k2ssl.config import ConfigError, dump
+from k2ssl.bin.run_folder import refusing
+from k2ssl.config import dump
 from k2ssl.data.tokenizer import Kind, NormalizationConfig, Tokenizer
 from k2ssl.data.tokenizer_training import TokenizerConfig, train_tokenizer
 
@@ -85,13 +86,10 @@ class Coverage:
 
 def train(job: TrainTokenizer) -> None:
     """Do the job."""
-    output = Path(job.output)
     check_files(cuts=job.cuts, check_cuts=job.check_cuts)
-    if output.is_dir():
-        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
-    if output.exists() and not job.overwrite:
-        raise ValueError(f"{output} exists; --overwrite True replaces it")
-    writable_folder(output.parent)
+    output = check_output(job.output, job.overwrite)
+    with refusing():
+        CutLists((*job.cuts, *job.check_cuts)).open()
     tokenizer = train_tokenizer((pair for path in job.cuts for pair in transcripts(path, job.text)), job.tokenizer())
     rows = {path: measure(transcripts(path, job.text, tell=path not in job.cuts), tokenizer) for path in (*job.cuts, *job.check_cuts)}
     with atomic_file(output.with_name(output.name + ".json")) as file:

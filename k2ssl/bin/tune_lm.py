@@ -2,159 +2,208 @@
 
     python -m k2ssl.bin.tune_lm step-000010000.pt --cuts cuts_dev.jsonl.gz --method ctc-prefix-beam --search.lm tokens.arpa \\
         --lm-scales 0 0.2 0.4 0.6 --token-scores 0 0.5 1 --output best.json
+    python -m k2ssl.bin.tune_lm step-000010000.pt --cuts cuts_dev.jsonl.gz --method ctc-prefix-beam --search.lm tokens.arpa \\
+        --strategy random --num-trials 30 --lm-scales 0 1 --token-scores -1 2 --output best.json
     python -m k2ssl.bin.decode best.json step-000010000.pt --cuts cuts_test.jsonl.gz --output exp/test
 
 The encoder runs once; its frames are kept in memory (about 400 MB for an hour of a Base model at 50 Hz) and searched with every combination
-of the values given. Prints a table, best first, and writes OUTPUT, a file of settings for k2ssl.bin.decode. Exit status: 0 done, 1 the run
-failed, 2 wrong usage or settings, 130 interrupted, with nothing written.
+of the values given, or with combinations that are drawn. Language model and lexicon are read once. Prints a table, best first, and writes OUTPUT,
+a file of settings for k2ssl.bin.decode. What was tried is kept in OUTPUT.trials.jsonl until then, so that an interrupted run need not try it
+again. Exit status: 0 done, 1 the run failed, 2 wrong usage or settings, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.bin.cluster_cuts import Chained, CutLists, LoaderConfig, check_device, check_files, cut_totals
+from k2ssl.atomic_file import atomic_file
+from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_methods import Method, SearchConfig, build_search, options_of
-from k2ssl.bin.decode_model import TrainedModel, check_checkpoints, load_trained
+from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
-from k2ssl.config import ConfigError
+from k2ssl.bin.recognition_job import RecognitionJob
+from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.tuning_trials import Trial, TrialFile
+from k2ssl.data.label_format import file_sha256
 from k2ssl.decode.wer import ErrorCounts, count_errors
-from k2ssl.models.load import Weights
 from k2ssl.train.ledger import Ledger
-from k2ssl.train.precision import Precision, choose_precision
 
 if TYPE_CHECKING:
     from k2ssl.bin.decode_data import About
     from k2ssl.models.asr import AsrFrames
 
-_GRID = {"lm_scales": "lm_scale", "token_scores": "token_score", "word_scores": "word_score"}  # what is varied, by setting
+_VARIED = {"lm_scales": "lm_scale", "token_scores": "token_score", "word_scores": "word_score"}  # options, by setting
+_NUM_TRIALS = 30
+_DECIMALS = 3  # of drawn values
 
 
-@dataclass(frozen=True)
-class TuneLm:
+@dataclass(frozen=True, kw_only=True)
+class TuneLm(RecognitionJob):
     """Settings of the program.
 
     Attributes:
-        checkpoints: training checkpoints of k2ssl.bin.finetune; the first arguments of the command line are these too. Of several the mean
-            of the weights is taken.
         cuts: manifests of the development set, with transcripts (.jsonl.gz).
         output: file of settings to write, ending in .json.
         method: the search, as for k2ssl.bin.decode.
         search: its other options, such as the language model.
-        lm_scales: weights of the language model to try; none: that of search.
-        token_scores: what is added for every token, to try; none: that of search.
-        word_scores: what is added for every word, to try; none: that of search.
-        weights: raw, as the last optimizer step left them, or average, the mean over all steps that a training checkpoint holds.
-        after: with averaged weights of one checkpoint: the checkpoint after which the range of steps begins.
-        loader: how audio is read.
-        precision: number format of the encoder.
-        device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
-        overwrite: replace OUTPUT if it exists.
-        quiet: plain lines instead of a progress bar, for logs.
+        strategy: grid, every combination of the values; random, values drawn evenly between the least and the most that are given.
+        lm_scales: weights of the language model to try; for random the least and the most; none: that of search.
+        token_scores: what is added for every token, likewise.
+        word_scores: what is added for every word, likewise.
+        num_trials: of random: how many combinations are drawn; none: 30.
+        seed: of random: of the drawing; of the same seed the first combinations are the same however many are drawn.
     """
 
-    cuts: tuple[str, ...]
-    output: str
     method: Method
-    checkpoints: tuple[str, ...] = ()
     search: SearchConfig = field(default_factory=SearchConfig)
+    strategy: Literal["grid", "random"] = "grid"
     lm_scales: tuple[float, ...] = ()
     token_scores: tuple[float, ...] = ()
     word_scores: tuple[float, ...] = ()
-    weights: Weights = "raw"
-    after: str | None = None
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    precision: Precision = "float32"
-    device: str = "auto"
-    overwrite: bool = False
-    quiet: bool = False
+    num_trials: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_device(self.device, "TuneLm: ")
-        if not self.cuts:
-            raise ValueError("TuneLm: cuts names no manifest, at least one is needed")
+        super().__post_init__()
         if not self.output.endswith(".json"):
             raise ValueError(f"TuneLm: output is {self.output!r}, a name that ends in .json is needed")
-        if len(self.candidates()) < 2:
-            raise ValueError(f"TuneLm: there is nothing to choose from: give several values for one of {', '.join(_GRID)}")
+        if self.num_trials is not None and (self.strategy == "grid" or self.num_trials < 2):
+            raise ValueError(f"TuneLm: num_trials is {self.num_trials}, allowed are whole numbers >= 2, with strategy random alone")
+        for name, values in self.varied().items():
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"TuneLm: {name} is {' '.join(map(str, values))}, finite numbers are needed")
+            if self.strategy == "random" and not (len(values) == 2 and values[0] < values[1]):
+                raise ValueError(f"TuneLm: {name} is {' '.join(map(str, values))}, with strategy random the least and the most are needed")
+        if not self.varied() or len(self.candidates()) < 2:
+            raise ValueError(f"TuneLm: there is nothing to choose from: give several values for one of {', '.join(_VARIED)}")
         for search in self.candidates():
             options_of(self.method, search)
 
+    def varied(self) -> dict[str, tuple[float, ...]]:
+        """The settings that are given to be varied."""
+        return {name: getattr(self, name) for name in _VARIED if getattr(self, name)}
+
     def candidates(self) -> list[SearchConfig]:
-        """Every combination of the values."""
-        given = {option: getattr(self, name) for name, option in _GRID.items() if getattr(self, name)}
-        return [replace(self.search, **dict(zip(given, values, strict=True))) for values in product(*given.values())]
+        """The combinations to try: all, or those drawn."""
+        names = [_VARIED[name] for name in self.varied()]
+        given: list[dict[str, Any]] = [dict(zip(names, values, strict=True)) for values in self._values()]
+        return [replace(self.search, **values) for values in given]
+
+    def _values(self) -> list[tuple[float, ...]]:
+        ranges = list(self.varied().values())
+        if self.strategy == "grid":
+            return list(product(*ranges))
+        draw = random.Random(self.seed)
+        return [tuple(round(draw.uniform(*between), _DECIMALS) for between in ranges) for _ in range(self.num_trials or _NUM_TRIALS)]
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What one combination makes of the development set."""
+class DevelopmentSet:
+    """What every combination is searched over.
 
-    search: SearchConfig
-    counts: ErrorCounts
+    Attributes:
+        encoded: frames of all batches, on the CPU.
+        refs: the transcripts of each batch.
+        unheard: the errors in utterances without a frame, of which no search finds a word.
+        seconds: of audio.
+    """
 
-    @property
-    def rate(self) -> float:
-        """Errors per word."""
-        return self.counts.errors / self.counts.reference
+    encoded: list[AsrFrames]
+    refs: list[list[str]]
+    unheard: ErrorCounts
+    seconds: float
 
 
 def tune(job: TuneLm) -> None:
     """Do the job.
 
     Raises:
-        ValueError: OUTPUT exists; a cut without transcript, or audio that cannot be read; a model without the head of the method.
+        ConfigError: OUTPUT exists; a model without the head of the method; more audio than there is memory for.
+        ValueError: a cut without transcript, or audio that cannot be read.
     """
     device = torch.device(choose_device(job.device))
-    check_checkpoints(job.checkpoints, job.weights, job.after)
-    check_files(cuts=job.cuts, **job.search.files())
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(f"{os.environ['WORLD_SIZE']} processes were started, this program runs in one")
-    output = Path(job.output)
-    if output.is_dir():
-        raise ConfigError(f"output is {output}, which is a folder; a file is needed")
-    if output.exists() and not job.overwrite:
-        raise ConfigError(f"{output} exists; --overwrite True replaces it")
-    writable_folder(output.parent)
-    trained = load_trained(job.checkpoints, job.weights, job.after, device, choose_precision(job.precision, device))
-    build_search(job.method, options_of(job.method, job.candidates()[0]), trained)  # before hours of encoding
+    job.check_inputs(**job.search.files())
+    output = job.check_file_and_process()
+    candidates, read = job.candidates(), dict[str, Any]()
+    with refusing():
+        trained = job.load_model(device)
+        build_search(job.method, options_of(job.method, candidates[0]), trained, read)  # before hours of encoding
+        cuts = Chained(CutLists(job.cuts).open())
+        totals = cut_totals(cuts, lambda cut: None)
+        check_memory(totals.seconds, trained)
+        kept = TrialFile(output, what_of(job, trained, totals.cuts_sha256), job.overwrite)
+    left = [search for search in candidates if search not in kept.trials]
     with Ledger(output.parent, "tune_lm", device, 1) as ledger:
-        encoded, refs, unheard, seconds = encode_all(job, trained)
-        ledger.add(audio_seconds=seconds)
-        trials = []
-        with AudioProgress("search", seconds * len(job.candidates()), quiet=job.quiet) as progress:
-            for search in job.candidates():
-                trials.append(Trial(search, unheard + errors_of(job.method, search, trained, encoded, refs)))
-                progress.add(seconds, f"WER {trials[-1].rate:.2%}")
-    trials.sort(key=lambda trial: trial.counts.errors)  # stable: of equal ones the first given
-    print(table(job, trials))
+        if left:
+            found = encode_all(job, trained, cuts)
+            ledger.add(audio_seconds=found.seconds)
+            with AudioProgress("search", found.seconds * len(left), quiet=job.quiet) as progress:
+                for search in left:
+                    trial = Trial(search, errors_of(job.method, search, trained, found, read))
+                    kept.add(trial)
+                    progress.add(found.seconds, f"WER {trial.rate:.2%}")
+    trials = sorted((kept.trials[search] for search in candidates), key=lambda trial: trial.counts.errors)  # of equal ones the first given
+    print(table([_VARIED[name] for name in job.varied()], trials))
     with atomic_file(output) as file:
         file.write((json.dumps({"method": job.method, "search": trials[0].search.given()}, indent=2) + "\n").encode())
+    kept.remove()
     print(f"best        {output}")
 
 
+def what_of(job: TuneLm, trained: TrainedModel, cuts_sha256: str) -> dict[str, Any]:
+    """That which makes trials comparable: all but the values that are tried."""
+    return {
+        "method": job.method,
+        "search": job.search.given(),
+        "files": {name: file_sha256(Path(path)) for name, path in job.search.files().items()},
+        "weights": trained.weights,
+        "checkpoints": list(trained.sha256.values()),
+        "cuts": cuts_sha256,
+        "precision": str(trained.precision).removeprefix("torch."),
+    }
+
+
+def check_memory(seconds: float, trained: TrainedModel) -> None:
+    """Refuse audio whose frames do not fit into the memory of this machine.
+
+    Raises:
+        ValueError: says how much there is and how much is needed.
+    """
+    needed = seconds / trained.seconds_per_frame * trained.model.encoder.output_dim * 4
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"cuts: the frames of {seconds / 3600:,.1f} h take {needed / 2**30:,.1f} GiB of memory, this machine has {there / 2**30:,.1f} GiB; "
+            "a development set of a few hours is enough"
+        )
+
+
 @torch.no_grad()
-def encode_all(job: TuneLm, trained: TrainedModel) -> tuple[list[AsrFrames], list[list[str]], ErrorCounts, float]:
-    """Frames of all batches on the CPU, the transcripts of each, the errors in utterances without a frame, of which no search finds a word,
-    and seconds of audio."""
+def encode_all(job: TuneLm, trained: TrainedModel, everything: Chained) -> DevelopmentSet:
+    """The frames of all utterances.
+
+    Raises:
+        ValueError: audio that cannot be read, a cut without a transcript, or no word in any.
+    """
     from k2ssl.bin.decode_data import UtteranceDataset, WithFrames, about, utterance_loader
     from k2ssl.models.asr import AsrFrames
 
     failures: list[str] = []
-    everything, text = Chained(CutLists(job.cuts).open()), trained.tokenizer.normalization
+    text = trained.tokenizer.normalization
     unheard = ErrorCounts()
     for cut in WithFrames(everything, trained.sample_rate, trained.has_frame, False):
         unheard += count_errors(_transcript(about(cut, text)), "")
@@ -181,7 +230,7 @@ def encode_all(job: TuneLm, trained: TrainedModel) -> tuple[list[AsrFrames], lis
         raise ValueError(f"{len(failures)} utterances cannot be read: {'; '.join(failures[:5])}")
     if not any(ref for row in refs for ref in row):
         raise ValueError("cuts: the transcripts have no words, so that there are no errors to count")
-    return encoded, refs, unheard, totals.seconds
+    return DevelopmentSet(encoded, refs, unheard, totals.seconds)
 
 
 def _transcript(utterance: About) -> str:
@@ -191,31 +240,30 @@ def _transcript(utterance: About) -> str:
 
 
 @torch.no_grad()
-def errors_of(
-    method: Method, search: SearchConfig, trained: TrainedModel, encoded: Sequence[AsrFrames], refs: Sequence[Sequence[str]]
-) -> ErrorCounts:
-    """Word errors of one combination over all batches."""
+def errors_of(method: Method, search: SearchConfig, trained: TrainedModel, found: DevelopmentSet, read: dict[str, Any]) -> ErrorCounts:
+    """Word errors of one combination over all utterances; `read` as for `build_search`."""
     from k2ssl.models.asr import AsrFrames
 
-    run = build_search(method, options_of(method, search), trained)
-    counts = ErrorCounts()
-    for output, texts in zip(encoded, refs, strict=True):
-        found = run(AsrFrames(output.frames.to(trained.device), output.lens))
-        for text, hypotheses in zip(texts, found, strict=True):
+    run = build_search(method, options_of(method, search), trained, read)
+    counts = found.unheard
+    for output, texts in zip(found.encoded, found.refs, strict=True):
+        heard = run(AsrFrames(output.frames.to(trained.device), output.lens))
+        for text, hypotheses in zip(texts, heard, strict=True):
             counts += count_errors(text, trained.tokenizer.decode(hypotheses[0].tokens) if hypotheses else "")
     return counts
 
 
-def table(job: TuneLm, trials: Sequence[Trial]) -> str:
-    """All combinations, one a line, in the order of `trials`."""
-    names = [option for name, option in _GRID.items() if getattr(job, name)]
+def table(names: Sequence[str], trials: Sequence[Trial]) -> str:
+    """All combinations, one a line, in the order of `trials`; the first is marked as the best."""
     rows = [[*names, "WER", "sub", "del", "ins"]]
     for trial in trials:
-        counts = trial.counts
-        values: list[Any] = [f"{getattr(trial.search, name):g}" for name in names]
-        rows.append([*values, f"{trial.rate:.2%}", str(counts.substitutions), str(counts.deletions), str(counts.insertions)])
+        counts: Mapping[str, int] = asdict(trial.counts)
+        values = [f"{getattr(trial.search, name):g}" for name in names]
+        rows.append([*values, f"{trial.rate:.2%}", *(str(counts[name]) for name in ("substitutions", "deletions", "insertions"))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines[1] += "  best"
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,10 +38,11 @@ def prefix_beam_search(
     lm: TokenLm | None = None,
     lm_scale: float = 0.0,
     token_score: float = 0.0,
+    lm_final: bool = True,
 ) -> list[list[Hypothesis]]:
     """The token sequences with the highest score: log-probability + lm_scale * that of the language model + token_score * length.
 
-    The language model's part is counted at every token, and at the end that of the end. Utterances do not influence each other: hypotheses
+    The language model's part is counted at every token, and with `lm_final` at the end that of the end. Utterances do not influence each other: hypotheses
     and scores are bit by bit the same in any batch, as long as the language model's are (one that multiplies matrices may differ in the
     last digits).
 
@@ -54,6 +55,7 @@ def prefix_beam_search(
         lm: over the same V tokens; not asked if lm_scale is 0.
         lm_scale: weight of its logarithms, >= 0.
         token_score: added for each token; positive values make for longer hypotheses.
+        lm_final: count the probability that the sentence ends.
 
     Returns:
         Per utterance its best hypotheses, best first; fewer than asked for where fewer are possible. A hypothesis' score is the one above,
@@ -86,7 +88,7 @@ def prefix_beam_search(
             fusion.follow(step, blank)
         steps.append(step)
     scores = beams.total + beams.bonus
-    if fusion is not None:
+    if fusion is not None and lm_final:
         scores = scores + fusion.final()
     return _collect(scores, steps, log_probs, lens, blank, num_hypotheses)
 

@@ -8,6 +8,8 @@ Source: Pratap et al. 2019, arXiv 1812.07625 (wav2letter++). Upstream: torchaudi
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +25,8 @@ from k2ssl.decode.alignment import token_begins
 from k2ssl.decode.arpa import UNKNOWN, open_text
 from k2ssl.decode.ctc import check_log_probs
 from k2ssl.decode.hypotheses import Hypothesis
+
+_log = logging.getLogger(__name__)
 
 PIP_LINE = 'pip install "flashlight-text>=0.0.7"'
 Lexicon = Mapping[str, Sequence[Sequence[str]]]
@@ -94,11 +98,12 @@ class FlashlightSearch:
         lexicon: the words that may be recognised, with their spellings in pieces; None: any sequence of pieces. Spelled without a delimiter,
             a word's last piece counts in one frame only, as this package has it; alignments in which it lasts longer are left out.
         lm: ARPA file, compressed with gzip or not, or KenLM binary file, over the lexicon's words, or without a lexicon over pieces; None: no
-            language model.
+            language model. Words of the lexicon that it lacks are counted and named in a warning. A binary file does not list its words:
+            there a word counts as lacking that scores like one it cannot know.
 
     Raises:
         ValueError: the package is not installed; a delimiter or a spelling that is not made of pieces; an empty lexicon, or a word score
-            without one; a language model that cannot be read, or an ARPA file that lacks a piece, or all words of the lexicon.
+            without one; a language model that cannot be read, or that lacks a piece, or all words of the lexicon.
     """
 
     def __init__(self, config: FlashlightConfig, pieces: Sequence[str], blank: int, lexicon: Lexicon | None = None, lm: str | None = None):
@@ -108,23 +113,32 @@ class FlashlightSearch:
             raise ValueError(f"FlashlightConfig: delimiter is {config.delimiter!r}, which is none of the {len(pieces)} pieces")
         if lexicon is not None and not lexicon:
             raise ValueError("lexicon: it has no words, at least one is needed")
-        if lexicon is None and config.word_score:
-            raise ValueError(f"FlashlightConfig: word_score is {config.word_score}, which has no effect without a lexicon")
+        _check_word_score(config, lexicon is not None)
         # the package lets silence pass between words; where pieces know no delimiter, that is a class of its own that never occurs
         self._silence = ids[config.delimiter] if config.delimiter else len(pieces)
         self._ends_words = lexicon is not None and bool(config.delimiter)
-        decoder = _package()
+        decoder = self._package = _package()
         words = [*(pieces if lexicon is None else lexicon), _OTHER]
         needed = [word for word in (ids if lexicon is None else lexicon) if word != UNKNOWN]
         model = decoder.ZeroLM() if lm is None else _read_lm(lm, words, needed, all_of_them=lexicon is None)
-        if lexicon is None:
-            self._decoder = decoder.LexiconFreeDecoder(self._options(decoder, lexicon), model, self._silence, blank, [])
-        else:
-            trie = self._trie(decoder, lexicon, ids, model)
-            self._decoder = decoder.LexiconDecoder(
-                self._options(decoder, lexicon), trie, model, self._silence, blank, len(lexicon), [], False
-            )
+        self._num_words = 0 if lexicon is None else len(lexicon)
+        self._trie = None if lexicon is None else self._build_trie(decoder, lexicon, ids, model)
         self._model = model  # the package does not keep it alive
+        self._decoder = self._build_decoder()
+
+    def with_config(self, config: FlashlightConfig) -> FlashlightSearch:
+        """The same search with other numbers, by the same language model and lexicon, which are not read again.
+
+        Raises:
+            ValueError: another delimiter, which the lexicon is spelled with; or a word score without a lexicon.
+        """
+        if config.delimiter != self.config.delimiter:
+            raise ValueError(f"FlashlightConfig: delimiter is {config.delimiter!r}, that of the search is {self.config.delimiter!r}")
+        _check_word_score(config, self._trie is not None)
+        other = copy.copy(self)
+        other.config = config
+        other._decoder = other._build_decoder()
+        return other
 
     @torch.no_grad()
     def search(self, log_probs: Tensor, lens: Tensor, num_hypotheses: int = 1) -> list[list[Hypothesis]]:
@@ -172,8 +186,8 @@ class FlashlightSearch:
         begins = token_begins(log_probs.expand(len(transcripts), -1, -1), lens, transcripts, self.blank)
         return [Hypothesis(*parts) for parts in zip(transcripts, scores, begins, strict=True)]
 
-    def _options(self, decoder: Any, lexicon: Lexicon | None) -> Any:
-        config = self.config
+    def _build_decoder(self) -> Any:
+        decoder, config = self._package, self.config
         options = {
             "beam_size": config.beam,
             "beam_size_token": config.beam_tokens or self.vocab_size + 1,
@@ -183,11 +197,12 @@ class FlashlightSearch:
             "log_add": config.log_add,
             "criterion_type": decoder.CriterionType.CTC,
         }
-        if lexicon is None:
-            return decoder.LexiconFreeDecoderOptions(**options)
-        return decoder.LexiconDecoderOptions(**options, word_score=config.word_score, unk_score=-math.inf)
+        if self._trie is None:
+            return decoder.LexiconFreeDecoder(decoder.LexiconFreeDecoderOptions(**options), self._model, self._silence, self.blank, [])
+        scored = decoder.LexiconDecoderOptions(**options, word_score=config.word_score, unk_score=-math.inf)
+        return decoder.LexiconDecoder(scored, self._trie, self._model, self._silence, self.blank, self._num_words, [], False)
 
-    def _trie(self, decoder: Any, lexicon: Lexicon, ids: Mapping[str, int], model: Any) -> Any:
+    def _build_trie(self, decoder: Any, lexicon: Lexicon, ids: Mapping[str, int], model: Any) -> Any:
         trie = decoder.Trie(self.vocab_size + 1, self._silence)
         start = model.start(False)
         for number, (word, ways) in enumerate(lexicon.items()):
@@ -206,6 +221,11 @@ class FlashlightSearch:
         return trie
 
 
+def _check_word_score(config: FlashlightConfig, has_lexicon: bool) -> None:
+    if config.word_score and not has_lexicon:
+        raise ValueError(f"FlashlightConfig: word_score is {config.word_score}, which has no effect without a lexicon")
+
+
 def _package() -> Any:
     try:
         from flashlight.lib.text import decoder
@@ -215,7 +235,8 @@ def _package() -> Any:
 
 
 def _read_lm(path: str, words: Sequence[str], needed: Sequence[str], all_of_them: bool) -> Any:
-    """The model, which numbers `words` as they come here; an ARPA file must list those that are `needed`, all or at least one."""
+    """The model, which numbers `words` as they come here, the last of them one that it does not know; of the `needed` ones it must know all,
+    or at least one."""
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
 
@@ -223,17 +244,41 @@ def _read_lm(path: str, words: Sequence[str], needed: Sequence[str], all_of_them
         raise ValueError(f"{path}: there is no such file")
     with tempfile.NamedTemporaryFile(suffix=".arpa") as copy:
         known = _unigrams(path, copy)
-        missing = [] if known is None else [word for word in needed if word not in known]
-        if missing and (all_of_them or len(missing) == len(needed)):
-            named = ", ".join(map(repr, missing[:3]))
-            raise ValueError(
-                f"{path}: this language model is of another vocabulary: of {len(needed)} {'pieces' if all_of_them else 'words'} it lacks "
-                f"{len(missing)}, such as {named}"
-            )
+        if known is not None:
+            _check_vocabulary(path, [word for word in needed if word not in known], len(needed), all_of_them)
         try:
-            return KenLM(path if known is None else copy.name, Dictionary(list(words)))
+            model = KenLM(path if known is None else copy.name, Dictionary(list(words)))
         except RuntimeError as error:
             raise ValueError(f"{path}: KenLM cannot read this language model: {' '.join(str(error).split())}") from error
+    if known is None:
+        strangers, wanted = _strangers(model, len(words) - 1), set(needed)
+        _check_vocabulary(
+            path, [word for number, word in enumerate(words) if number in strangers and word in wanted], len(needed), all_of_them
+        )
+    return model
+
+
+def _check_vocabulary(path: str, missing: Sequence[str], number: int, all_of_them: bool) -> None:
+    """Refuse a model that lacks words which it must know; say which others it lacks."""
+    if not missing:
+        return
+    named = ", ".join(map(repr, missing[:3]))
+    if all_of_them or len(missing) == number:
+        raise ValueError(
+            f"{path}: this language model is of another vocabulary: of {number} {'pieces' if all_of_them else 'words'} it lacks "
+            f"{len(missing)}, such as {named}"
+        )
+    _log.warning(
+        "%s: of %s words of the lexicon this language model lacks %s, such as %s; they have the probability of an unknown word",
+        *(path, f"{number:,}", f"{len(missing):,}", named),
+    )
+
+
+def _strangers(model: Any, unknown: int) -> set[int]:
+    """The words, by number below `unknown`, that a model without a list of its words scores like that one."""
+    start = model.start(False)
+    score = model.score(start, unknown)[1]
+    return {word for word in range(unknown) if model.score(start, word)[1] == score}
 
 
 def _unigrams(path: str, copy: IO[bytes]) -> set[str] | None:

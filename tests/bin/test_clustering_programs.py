@@ -225,7 +225,7 @@ def test_a_report_holds_the_scores_and_a_picture(corpus: Corpus, labels: Path, t
     assert f"PNMI {content['phones']['pnmi']:.4f}" in capsys.readouterr().out
     picture = output.with_suffix(".png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(set(zlib.decompress(picture[picture.index(b"IDAT") + 4 :]))) > 3
-    assert label_report.main(["--labels", str(labels), "--output", str(output), "--quiet", "True"]) == 1
+    assert label_report.main(["--labels", str(labels), "--output", str(output), "--quiet", "True"]) == 2
     assert label_report.main(["--labels", str(labels), "--output", str(output), "--overwrite", "True", "--quiet", "True"]) == 0
     assert json.loads(output.read_text())["previous"] is None
 
@@ -260,24 +260,24 @@ def setting(name: str, value: str, message: str) -> tuple[Callable[[Corpus, Path
 
 REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
     "cuts that are not there": (lambda c, t: fit(t / "none.jsonl.gz", t / "k.pt"), 2, "none.jsonl.gz: there is no such file"),
-    "cuts that are none": (lambda c, t: fit(c.model, t / "k.pt"), 1, "a manifest of cuts ends in"),
+    "cuts that are none": (lambda c, t: fit(c.model, t / "k.pt"), 2, "a manifest of cuts ends in"),
     "more classes than frames": (
         lambda c, t: fit(c.cuts, t / "k.pt", "--kmeans.num-clusters", "5000"),
         1,
         "num_clusters is 5000, but the features hold only",
     ),
-    "centres that exist": (lambda c, t: fit(c.cuts, c.kmeans), 1, "mfcc.pt exists; --overwrite True replaces it"),
+    "centres that exist": (lambda c, t: fit(c.cuts, c.kmeans), 2, "mfcc.pt exists; --overwrite True replaces it"),
     "a layer that is not there": (
         lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(99)),
-        1,
+        2,
         "model.pt: layer 99 was asked for, the model has layers 1 to",
     ),
-    "a stack that is not there": (lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(9, "stack")), 1, "stack 9 was asked for"),
+    "a stack that is not there": (lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(9, "stack")), 2, "stack 9 was asked for"),
     "layer zero": (lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(0)), 2, "they count from 1"),
     "layer and stack": (lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(1), "--features.stack", "1"), 2, "exactly one of the two"),
     "a checkpoint that is none": (
         lambda c, t: fit(c.cuts, t / "k.pt", "--features.kind", "hidden", "--features.checkpoint", str(c.cuts), "--features.layer", "1"),
-        1,
+        2,
         "cannot be read as a checkpoint",
     ),
     "an unknown device": (lambda c, t: fit(c.cuts, t / "k.pt", "--device", "gpu"), 2, "device is 'gpu', allowed are auto, cpu"),
@@ -291,7 +291,7 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
     ),
     "averaged weights that are not there": (
         lambda c, t: fit(c.cuts, t / "k.pt", *c.layer(1), "--features.weights", "average"),
-        1,
+        2,
         "holds no averaged weights",
     ),
     "windows without a hop": (
@@ -350,7 +350,7 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
     "previous labels that are none": (lambda c, t: assign(c, t / "l", "--compare.previous", str(t)), 1, "is no finished label store"),
     "a report without labels": (
         lambda c, t: label_report.main(["--labels", str(t / "l"), "--output", str(t / "r.json")]),
-        1,
+        2,
         "there is no such folder of labels",
     ),
     "a report of another name": (
@@ -362,7 +362,7 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
         lambda c, t: label_report.main(
             ["--labels", str(c.folder / "labels"), "--output", str(t / "r.json"), "--compare.alignments", str(text_file(t))]
         ),
-        1,
+        2,
         "text.pt:1: has 1 columns",
     ),
 }
@@ -457,7 +457,7 @@ def test_damage_in_the_middle_of_a_store_is_reported(corpus: Corpus, tmp_path: P
     damaged[len(damaged) // 2] ^= 1
     store.write_bytes(damaged)
     report = ["--labels", str(output), "--output", str(tmp_path / "q.json"), "--quiet", "True"]
-    assert label_report.main(report) == 1
+    assert label_report.main(report) == 2
     assert store.name in capsys.readouterr().err
 
 
@@ -468,13 +468,13 @@ def test_finished_centres_are_left_alone_if_the_same_settings_led_to_them(
     assert fit(corpus.cuts, output) == 0
     before = output.read_bytes()
     assert fit(corpus.cuts, output, "--skip-finished", "True") == 0
-    assert fit(corpus.cuts, output, "--skip-finished", "True", "--kmeans.seed", "7") == 1
+    assert fit(corpus.cuts, output, "--skip-finished", "True", "--kmeans.seed", "7") == 2
     assert "made with kmeans" in capsys.readouterr().err
     newer = tmp_path / "cuts_all.jsonl.gz"
     write_cuts(read_cuts(corpus.cuts), newer)
     assert fit(newer, tmp_path / "n.pt") == 0
     os.utime(newer, (2e9, 2e9))
-    assert fit(newer, tmp_path / "n.pt", "--skip-finished", "True") == 1
+    assert fit(newer, tmp_path / "n.pt", "--skip-finished", "True") == 2
     assert "is newer" in capsys.readouterr().err
     assert output.read_bytes() == before
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,9 +22,10 @@ from lhotse.cut import MonoCut
 from k2ssl.bin import decode
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_folder import PartWriter, read_parts
-from k2ssl.bin.decode_methods import SearchConfig, build_recognizer, options_of, read_lexicon
+from k2ssl.bin.decode_methods import Method, SearchConfig, build_recognizer, options_of, read_lexicon
 from k2ssl.bin.decode_model import TrainedModel, load_trained
 from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig
+from k2ssl.decode.flashlight import PIP_LINE
 from k2ssl.decode.results import Result, read_results
 from k2ssl.decode.wer import error_report
 from k2ssl.models.asr import AsrConfig, AsrModel
@@ -33,7 +34,7 @@ from k2ssl.train.averaging import average_of, average_over_range
 from k2ssl.train.checkpoint import load_checkpoint
 from k2ssl.train.ledger import total
 
-METHODS = ("ctc-greedy", "ctc-prefix-beam", "greedy", "modified-beam")
+METHODS = get_args(Method)
 ALONE = ("--loader.max-duration", "0.001")  # every utterance is a batch of its own
 
 
@@ -57,12 +58,24 @@ def record(folder: Path) -> dict[str, Any]:
     return content
 
 
+def needed_by(method: str, reader: Any, folder: Path) -> list[str]:
+    """Options without which the method does not run; skips if its package is not there."""
+    if method not in ("ctc-lexicon-free", "ctc-lexicon"):
+        return []
+    pytest.importorskip("flashlight.lib.text.decoder", reason=f"the package of this search: {PIP_LINE}")
+    if method == "ctc-lexicon-free":
+        return []
+    (folder / "lexicon.txt").write_text("\n".join(sorted({word for text in reader.texts() for word in text.split()})))
+    return ["--search.lexicon", str(folder / "lexicon.txt")]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reads_what_was_said_alike_alone_and_in_a_batch(
     reader: Any, command: Callable[..., list[str]], tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert decode.main(command("--timestamps", "True", output="batch", method=method)) == 0
-    assert decode.main(command("--timestamps", "True", *ALONE, output="alone", method=method)) == 0
+    options = ["--timestamps", "True", *needed_by(method, reader, tmp_path)]
+    assert decode.main(command(*options, output="batch", method=method)) == 0
+    assert decode.main(command(*options, *ALONE, output="alone", method=method)) == 0
     batch, alone = results(tmp_path / "batch"), results(tmp_path / "alone")
     assert [(one.id, one.hyp, one.words) for one in batch] == [(one.id, one.hyp, one.words) for one in alone]
     assert [one.score for one in batch] == pytest.approx([one.score for one in alone], abs=1e-4)
@@ -245,6 +258,28 @@ def test_alternatives_are_written_best_first_and_a_list_of_words_can_change_the_
     biased = results(tmp_path / "biased")
     assert sum("AAAA" in one.hyp or "DDDD" in one.hyp for one in biased) > sum("AAAA" in one.hyp or "DDDD" in one.hyp for one in found)
     assert list(record(tmp_path / "biased")["what"]["files"]) == ["search.context"]
+
+
+@pytest.mark.parametrize("method", ["ctc-prefix-beam", "ctc-lexicon-free", "modified-beam"])
+def test_no_text_is_twice_among_the_alternatives_and_it_has_the_score_of_the_best(
+    reader: Any, command: Callable[..., list[str]], tmp_path: Path, method: str
+) -> None:
+    options = ["--search.beam", "30", "--search.nbest", "30", *needed_by(method, reader, tmp_path)]
+    plain, twice = decode.alternatives, []
+
+    def seen(recognizer: Any, found: Any) -> Any:
+        texts = [recognizer.text(hypothesis) for hypothesis in found]
+        twice.append(len(texts) - len(set(texts)))
+        result = plain(recognizer, found)
+        assert [(one.hyp, one.score) for one in result] == [(text, found[texts.index(text)].score) for text in dict.fromkeys(texts)]
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "alternatives", seen)
+        assert decode.main(command(*options, method=method)) == 0
+    assert sum(twice) > 0, "different tokens must read the same for this to say anything"
+    for one in results(tmp_path / "out"):
+        assert len({other.hyp for other in one.nbest}) == len(one.nbest) and one.nbest[0].hyp == one.hyp
 
 
 # --- which weights -------------------------------------------------------------------------------------------------------------------------
@@ -431,6 +466,21 @@ def test_a_language_model_over_tokens_takes_part(
     words = arpa(tmp_path / "words.arpa", {"<s>": 1e-9, "</s>": 0.5, "CAT": 0.5})
     assert decode.main(command("--search.lm", words, output="words", method=method)) == 2
     assert "words.arpa: the language model is of another vocabulary" in capsys.readouterr().err and not (tmp_path / "words").exists()
+
+
+@pytest.mark.parametrize(("method", "default"), [("ctc-prefix-beam", True), ("modified-beam", False)])
+def test_the_end_of_the_sentence_counts_as_asked(command: Callable[..., list[str]], tmp_path: Path, method: str, default: bool) -> None:
+    options = ["--search.lm", tokens_without_d(tmp_path / "tokens.arpa"), "--search.lm-scale", "0.5", "--search.nbest", "3"]
+    scores: dict[str, dict[tuple[str, str], float]] = {}
+    for name, more in (("default", []), ("True", ["--search.lm-final", "True"]), ("False", ["--search.lm-final", "False"])):
+        assert decode.main(command(*options, *more, output=name, method=method)) == 0
+        scores[name] = {(one.id, other.hyp): other.score for one in results(tmp_path / name) for other in one.nbest}
+        assert record(tmp_path / name)["what"]["search"]["lm_final"] is (default if name == "default" else name == "True")
+    assert scores["default"] == scores[str(default)]
+    both = scores["True"].keys() & scores["False"].keys()
+    assert len(both) >= 10
+    for found in both:  # </s> has probability 0.1 after every token
+        assert scores["True"][found] - scores["False"][found] == pytest.approx(0.5 * math.log(0.1), abs=1e-4)
 
 
 def test_without_the_extra_the_searches_that_need_it_say_how_to_get_it(

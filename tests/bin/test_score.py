@@ -96,6 +96,14 @@ def test_the_settings_reach_the_score(files: tuple[str, str]) -> None:
     assert "Speakers (1 of 2, highest CER first)" in report and "Utterances with the most errors (2 of " in report
 
 
+def test_names_that_end_in_json_are_hypotheses_if_they_hold_some_and_settings_if_not(files: tuple[str, str]) -> None:
+    Path("two.json").write_bytes(Path(files[1]).read_bytes())
+    Path("conf.json").write_text('{"casing": "upper"}')
+    assert main(["conf.json", files[0], "two.json", "--output", "out"]) == 0
+    assert [entry["path"] for entry in content()["files"]] == [files[0], "two.json"]  # type: ignore[attr-defined]
+    assert content()["casing"] == "upper"
+
+
 def test_the_order_of_the_lines_changes_nothing(files: tuple[str, str]) -> None:
     assert main([*files, "--compare", "True", "--output", "out"]) == 0
     for name in files:
@@ -109,7 +117,7 @@ def test_the_order_of_the_lines_changes_nothing(files: tuple[str, str]) -> None:
 def test_files_are_replaced_only_when_asked(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([files[0], "--output", "out"]) == 0
     before = Path("out/wer.json").read_bytes()
-    assert main([files[1], "--output", "out"]) == 1
+    assert main([files[1], "--output", "out"]) == 2
     assert "out/report.txt exists; --overwrite True replaces it" in capsys.readouterr().err and Path("out/wer.json").read_bytes() == before
     assert main([files[1], "--output", "out", "--overwrite", "True"]) == 0
     assert Path("out/wer.json").read_bytes() != before

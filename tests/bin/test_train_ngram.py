@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -185,10 +186,35 @@ def test_text_that_cannot_be_used_is_refused_with_its_place(tmp_path: Path, caps
     assert not (tmp_path / "lm.arpa").exists()
 
 
+def test_text_to_check_is_read_before_the_work_begins_and_the_model_is_written_last(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, cuts = tmp_path / "bad.txt", manifest(tmp_path / "cuts.jsonl.gz", ["fine", "no </s>"])
+    bad.write_bytes(b"fine\nthe <s> cat\n")
+    (tmp_path / "no.jsonl").write_text("no cut\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_ngram, "_count", None)
+        for options, message in (
+            (("--check-text", text, bad), "bad.txt, line 2: holds the word <s>"),
+            (("--check-cuts", cuts), "cuts.jsonl.gz, cut 'cut1': holds the word </s>"),
+            (("--check-cuts", tmp_path / "no.jsonl"), "no.jsonl"),
+            (("--cuts", tmp_path / "no.jsonl"), "no.jsonl"),
+        ):
+            assert run(tmp_path / "lm.arpa", "--text", text, "--order", 2, *options) == 2
+            assert message in capsys.readouterr().err
+
+    def full(*arguments: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_ngram, "_perplexities", full)
+    assert run(tmp_path / "lm.arpa", "--text", text, "--order", 2) == 1
+    assert not list(tmp_path.glob("*lm.arpa*"))
+
+
 def test_a_file_that_exists_is_replaced_only_on_request(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "lm.arpa"
     output.write_text("mine")
-    assert run(output, "--text", text, "--order", 2) == 1 and output.read_text() == "mine"
+    assert run(output, "--text", text, "--order", 2) == 2 and output.read_text() == "mine"
     assert "exists; --overwrite True replaces it" in capsys.readouterr().err
     assert run(tmp_path, "--text", text) == 2 and "which is a folder" in capsys.readouterr().err
     assert run(output, "--text", text, "--order", 2, "--overwrite", True) == 0 and "the cat" in entries(output)

@@ -90,7 +90,7 @@ def test_several_manifests_are_learnt_from(cuts: Path, tmp_path: Path) -> None:
 def test_a_file_that_exists_is_replaced_only_on_request(cuts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "letters.pt"
     output.write_text("mine")
-    assert run(cuts, output, "--kind", "letters") == 1 and output.read_text() == "mine"
+    assert run(cuts, output, "--kind", "letters") == 2 and output.read_text() == "mine"
     assert "exists; --overwrite True replaces it" in capsys.readouterr().err
     assert run(cuts, output, "--kind", "letters", "--overwrite", "True") == 0 and load_tokenizer(output).kind == "letters"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lhotse import CutSet
 
-from k2ssl.bin import decode, tune_lm
+from k2ssl.bin import decode, decode_methods, tune_lm
 from k2ssl.train.ledger import total
 
 METHOD = ["--method", "ctc-prefix-beam"]
@@ -30,7 +30,8 @@ def test_the_best_combination_is_written_and_its_errors_are_those_that_decode_co
     header, *rows = (line.split() for line in capsys.readouterr().out.splitlines()[:4])
     assert header == ["token_score", "WER", "sub", "del", "ins"]
     assert rows[0][0] == "0" and {row[0] for row in rows} == {"-40", "0", "40"}
-    errors = [sum(map(int, row[2:])) for row in rows]
+    errors = [sum(map(int, row[2:5])) for row in rows]
+    assert [row[5:] for row in rows] == [["best"], [], []]
     assert errors == sorted(errors) and errors[0] < errors[1]
     assert json.loads(best.read_text()) == {"method": "ctc-prefix-beam", "search": {"beam": 3, "token_score": 0.0}}
     assert total(tmp_path).by_program.keys() == {"tune_lm"}
@@ -49,17 +50,20 @@ def test_words_of_an_utterance_without_a_frame_are_missed_as_decode_misses_them(
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     command = [*files, "--cuts", str(tmp_path / "cuts.jsonl.gz"), *METHOD]
     assert tune_lm.main([*command, "--token-scores", "0", "1", "--output", str(tmp_path / "best.json")]) == 0
-    errors = {row[0]: [int(number) for number in row[2:]] for row in (line.split() for line in capsys.readouterr().out.splitlines()[1:3])}
+    errors = {row[0]: [int(number) for number in row[2:5]] for row in (line.split() for line in capsys.readouterr().out.splitlines()[1:3])}
     assert decode.main([*command, "--search.token-score", "1", "--output", str(tmp_path / "one")]) == 0
     words = json.loads((tmp_path / "one/decode.json").read_text())["result"]["words"]
     assert errors["1"] == [words["substitutions"], words["deletions"], words["insertions"]]
     assert words["deletions"] >= len(reader.texts()[0].split()) > 0
 
 
+def job_with(**settings: Any) -> tune_lm.TuneLm:
+    search = tune_lm.SearchConfig(lm="x")
+    return tune_lm.TuneLm(cuts=("c",), output="o.json", method="ctc-prefix-beam", search=search, **settings)
+
+
 def test_every_combination_is_tried() -> None:
-    job = tune_lm.TuneLm(
-        ("c",), "o.json", "ctc-prefix-beam", search=tune_lm.SearchConfig(lm="x"), lm_scales=(0.1, 0.2), token_scores=(1.0, 2.0)
-    )
+    job = job_with(lm_scales=(0.1, 0.2), token_scores=(1.0, 2.0))
     assert [(one.lm_scale, one.token_score) for one in job.candidates()] == [(0.1, 1.0), (0.1, 2.0), (0.2, 1.0), (0.2, 2.0)]
 
 
@@ -70,6 +74,10 @@ def test_every_combination_is_tried() -> None:
         (["--lm-scales", "0.1", "0.2"], "search.lm_scale is 0.1, which has no effect without search.lm"),
         (["--word-scores", "0", "1"], "search.word_score is 0.0, which has no effect with method 'ctc-prefix-beam'"),
         (["--token-scores", "0", "1", "--output", "best.toml"], "output is 'best.toml', a name that ends in .json"),
+        (["--token-scores", "0", "1", "--num-trials", "3"], "num_trials is 3, allowed are whole numbers >= 2, with strategy random alone"),
+        (["--strategy", "random", "--token-scores", "1", "0"], "token_scores is 1.0 0.0, with strategy random the least and the most"),
+        (["--strategy", "random"], "there is nothing to choose from"),
+        (["--token-scores", "0", "nan"], "token_scores is 0.0 nan, finite numbers are needed"),
     ],
 )
 def test_settings_without_sense_are_refused(
@@ -90,3 +98,73 @@ def test_a_file_that_exists_is_kept_and_transcripts_are_needed(
     best.unlink()
     assert tune_lm.main([*command, "--cuts", str(tmp_path / "bare.jsonl.gz")]) == 1
     assert "has no transcript, a development set needs one" in capsys.readouterr().err and not best.exists()
+
+
+def test_random_combinations_lie_in_their_ranges_and_depend_on_the_seed_alone() -> None:
+    drawn = job_with(strategy="random", lm_scales=(0.0, 1.0), token_scores=(-1.0, 2.0), num_trials=40).candidates()
+    assert len(set(drawn)) == 40
+    scales, scores = ([getattr(one, name) for one in drawn] for name in ("lm_scale", "token_score"))
+    assert 0 <= min(scales) < 0.1 and 0.9 < max(scales) <= 1 and -1 <= min(scores) < -0.7 and 1.7 < max(scores) <= 2
+    fewer = job_with(strategy="random", lm_scales=(0.0, 1.0), token_scores=(-1.0, 2.0), num_trials=7)
+    assert fewer.candidates() == drawn[:7]
+    other = job_with(strategy="random", lm_scales=(0.0, 1.0), token_scores=(-1.0, 2.0), seed=1)
+    assert len(other.candidates()) == 30 and other.candidates()[:7] != drawn[:7]
+
+
+def test_an_interrupted_tuning_goes_on_and_ends_as_one_that_was_not(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best, plain, tried = tmp_path / "best.json", tune_lm.errors_of, []
+    grid = [*METHOD, "--token-scores", "-40", "0", "1", "40"]
+
+    def interrupted(method: Any, search: Any, *rest: Any) -> Any:
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        tried.append(search.token_score)
+        return plain(method, search, *rest)
+
+    assert tune_lm.main([*files, *grid, "--output", str(tmp_path / "whole.json")]) == 0
+    whole = capsys.readouterr().out.splitlines()[:5]
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_lm, "errors_of", interrupted)
+        assert tune_lm.main([*files, *grid[:-1], "--output", str(best)]) == 130
+    kept = tmp_path / "best.json.trials.jsonl"
+    kept.write_bytes(kept.read_bytes() + b'{"search": {"tok')  # as a kill may leave it
+    assert tried == [-40, 0] and not best.exists()
+    assert tune_lm.main([*files, *grid, "--output", str(best), "--search.beam", "3"]) == 2
+    assert "best.json.trials.jsonl: of another tuning: search" in capsys.readouterr().err and kept.exists()
+    monkeypatch.setattr(
+        tune_lm, "errors_of", lambda method, search, *rest: tried.append(search.token_score) or plain(method, search, *rest)
+    )
+    assert tune_lm.main([*files, *grid, "--output", str(best)]) == 0
+    assert tried == [-40, 0, 1, 40] and capsys.readouterr().out.splitlines()[:5] == whole
+    assert best.read_text() == (tmp_path / "whole.json").read_text() and not kept.exists()
+
+
+def test_a_language_model_is_read_once_for_all_combinations(
+    reader: Any, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"-0.8\t{word}" for word in ("<s>", "</s>", "<unk>", "|", *"ABCD")]
+    model = tmp_path / "tokens.arpa"
+    model.write_text("\n".join(["\\data\\", f"ngram 1={len(lines)}", "", "\\1-grams:", *lines, "", "\\end\\", ""]))
+    reads, plain = [], decode_methods.load_lm
+    monkeypatch.setattr(decode_methods, "load_lm", lambda *arguments: reads.append(1) or plain(*arguments))
+    options = ["--search.lm", str(model)]
+    command = [*files, *METHOD, *options, "--output", str(tmp_path / "best.json"), "--lm-scales", "0", "3", "--token-scores", "0", "5"]
+    assert tune_lm.main(command) == 0 and len(reads) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
+    for number, (scale, score, *found) in enumerate(rows):
+        folder = tmp_path / str(number)
+        alone = [*options, "--search.lm-scale", scale, "--search.token-score", score, "--output", str(folder)]
+        assert decode.main([*files, *METHOD, *alone]) == 0
+        words = json.loads((folder / "decode.json").read_text())["result"]["words"]
+        assert [int(value) for value in found[1:4]] == [words[name] for name in ("substitutions", "deletions", "insertions")]
+    assert len({tuple(row[2:6]) for row in rows}) > 1, "the combinations must differ for this to say anything"
+
+
+def test_more_audio_than_there_is_memory_for_is_refused(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune_lm.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 1000)
+    assert tune_lm.main([*files, *METHOD, "--token-scores", "0", "1", "--output", str(tmp_path / "best.json")]) == 2
+    assert "of memory, this machine has 0.0 GiB" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -108,12 +108,14 @@ def test_with_a_beam_for_all_prefixes_it_is_the_exhaustive_sum(seed: int, blank:
         assert math.fsum(math.exp(h.score) for h in hypotheses) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_with_a_language_model_the_exhaustive_sum_is_weighted_by_it() -> None:
+@pytest.mark.parametrize("lm_final", [True, False])
+def test_with_a_language_model_the_exhaustive_sum_is_weighted_by_it(lm_final: bool) -> None:
     log_probs, lm = draw_log_probs(5, 1, 4, 4), Bigram(4, 0)
-    (found,) = prefix_beam_search(log_probs, torch.tensor([4]), beam=130, num_hypotheses=130, lm=lm, lm_scale=0.7, token_score=0.4)
+    fusion = {"lm": lm, "lm_scale": 0.7, "token_score": 0.4, "lm_final": lm_final}
+    (found,) = prefix_beam_search(log_probs, torch.tensor([4]), beam=130, num_hypotheses=130, **fusion)
     expected = {}
     for tokens, score in all_sums(log_probs[0], 0).items():
-        end = float(lm.end[tokens[-1] if tokens else 0])
+        end = float(lm.end[tokens[-1] if tokens else 0]) if lm_final else 0.0
         expected[tokens] = score + 0.7 * (lm.score(tokens) + end) + 0.4 * len(tokens)
     possible = {tokens: score for tokens, score in expected.items() if score > NEG_INF}
     assert len(possible) < len(expected)  # some hold a pair that the model forbids

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import math
+import shutil
+import subprocess
 import sys
 from collections import defaultdict
 from itertools import groupby, product
@@ -123,6 +125,49 @@ def test_without_a_lexicon_a_model_that_lacks_pieces_is_refused(tmp_path: Path) 
     (tmp_path / "words.arpa").write_text(ARPA)  # of words, one of which happens to be a piece
     with pytest.raises(ValueError, match=r"words.arpa: .* of another vocabulary: of 3 pieces it lacks 2, such as 'b', '\|'"):
         FlashlightSearch(FlashlightConfig(), PIECES, 0, lm=str(tmp_path / "words.arpa"))
+
+
+@pytest.mark.usefixtures("package")
+def test_words_that_the_model_lacks_are_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    FlashlightSearch(FlashlightConfig(delimiter="|"), PIECES, 0, {word: WORDS[word] for word in ("a", "ab")}, str(tmp_path / "lm.arpa"))
+    assert not caplog.messages
+    FlashlightSearch(FlashlightConfig(delimiter="|"), PIECES, 0, {**WORDS, "b": [["b", "|"]]}, str(tmp_path / "lm.arpa"))
+    (message,) = caplog.messages
+    assert "lm.arpa: of 4 words of the lexicon this language model lacks 2, such as 'bb', 'b'; they have the probability" in message
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("kind", ["probing", "trie"])
+def test_a_binary_file_of_kenlm_is_the_same_model(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    program = shutil.which("build_binary")
+    if program is None:
+        pytest.skip("KenLM's build_binary is not in PATH")
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    subprocess.run([program, kind, "lm.arpa", "lm.binary"], cwd=tmp_path, check=True, capture_output=True)
+    log_probs, lens = draw_log_probs(0, 1, 6, 4), torch.tensor([6])
+    config = FlashlightConfig(delimiter="|")
+    one, two = (FlashlightSearch(config, PIECES, 0, WORDS, str(tmp_path / name)) for name in ("lm.arpa", "lm.binary"))
+    assert one.search(log_probs, lens, 5) == two.search(log_probs, lens, 5)
+    assert [message.partition(": ")[2] for message in caplog.messages][:1] * 2 == [m.partition(": ")[2] for m in caplog.messages]
+    with pytest.raises(ValueError, match=r"lm.binary: .* of another vocabulary: of 1 words it lacks 1, such as 'b'"):
+        FlashlightSearch(config, PIECES, 0, {"b": [["b", "|"]]}, str(tmp_path / "lm.binary"))
+    with pytest.raises(ValueError, match=r"lm.binary: .* of another vocabulary: of 3 pieces it lacks 2, such as 'b', '\|'"):
+        FlashlightSearch(FlashlightConfig(), PIECES, 0, lm=str(tmp_path / "lm.binary"))
+
+
+@pytest.mark.usefixtures("package")
+def test_other_numbers_need_no_other_reading(tmp_path: Path) -> None:
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    log_probs, lens = draw_log_probs(0, 1, 7, 4), torch.tensor([7])
+    configs = [FlashlightConfig(beam=WIDE, lm_scale=scale, word_score=score, delimiter="|") for scale, score in ((0.0, 0.0), (1.5, 0.7))]
+    one, two = (FlashlightSearch(config, PIECES, 0, WORDS, str(tmp_path / "lm.arpa")) for config in configs)
+    (tmp_path / "lm.arpa").unlink()
+    assert one.with_config(configs[1]).search(log_probs, lens, 9) == two.search(log_probs, lens, 9) != one.search(log_probs, lens, 9)
+    with pytest.raises(ValueError, match="delimiter is '', that of the search is"):
+        one.with_config(FlashlightConfig())
+    with pytest.raises(ValueError, match=r"word_score is 1\.0, which has no effect without a lexicon"):
+        FlashlightSearch(FlashlightConfig(), PIECES, 0).with_config(FlashlightConfig(word_score=1.0))
 
 
 @pytest.mark.usefixtures("package")

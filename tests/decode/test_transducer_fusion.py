@@ -145,19 +145,20 @@ def test_fused_search_equals_the_plain_one_in_tokens_and_scores(
     assert any(hypothesis.tokens for hypothesis in itertools.chain(*found))
 
 
-def test_the_score_of_every_sequence_is_the_sum_of_its_three_parts() -> None:
+@pytest.mark.parametrize("lm_final", [True, False])
+def test_the_score_of_every_sequence_is_the_sum_of_its_three_parts(lm_final: bool) -> None:
     networks, lm = random_networks(), TrigramLm(0)
     frames, lens = ENCODER_OUT[:1, :3], torch.tensor([3])
     everything = {"beam": 6**3, "num_hypotheses": 6**3}
     (plain,) = modified_beam_search(*networks, frames, lens, **everything)
     (fused,) = modified_beam_search(
-        *networks, frames, lens, **everything, lm=lm, lm_scale=0.4, lm_final=True, biasing=ContextGraph(PHRASES, 0.9)
+        *networks, frames, lens, **everything, lm=lm, lm_scale=0.4, lm_final=lm_final, biasing=ContextGraph(PHRASES, 0.9)
     )
     acoustic = {hypothesis.tokens: hypothesis.score for hypothesis in plain}
     assert len(plain) == 1 + 5 + 25 + 125 and {hypothesis.tokens for hypothesis in fused} == set(acoustic)
     for hypothesis in fused:
         tokens = hypothesis.tokens
-        language = sum(lm.plain(tokens[:u], token) for u, token in enumerate((*tokens, -1)))
+        language = sum(lm.plain(tokens[:u], token) for u, token in enumerate((*tokens, -1) if lm_final else tokens))
         expected = acoustic[tokens] + 0.4 * language + 0.9 * biasing_score(tokens, at_end=True)
         assert hypothesis.score == pytest.approx(expected, abs=1e-5)
     normalised = [hypothesis.score / (len(hypothesis.tokens) + 2) for hypothesis in fused]
