@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from k2ssl.models.frontend import WaveformFrontend
 from k2ssl.models.transformer import TransformerLayer
 from k2ssl.models.zipformer_layer import ZipformerLayer
 from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, build_schedule
+from k2ssl.report.card import begin_card, finish_card
 from k2ssl.structure import to_dict
 from k2ssl.train.ledger import total
 from k2ssl.train.plan import BatchPlan
@@ -222,13 +224,16 @@ class Run:
         """Further arguments of the trainer."""
         return {}
 
+    def num_parameters(self) -> int:
+        """Of the model, whole, however it is sharded."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def description(self) -> list[str]:
         """What will be trained, and on what."""
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         seconds = self.data.seconds()
         hours = "" if seconds is None else f", {seconds / 3600:,.2f} h of audio an epoch"
         return [
-            f"model of {num_parameters / 1e6:.2f} M parameters on {distributed.world_size()} x {self.device.type}, "
+            f"model of {self.num_parameters() / 1e6:.2f} M parameters on {distributed.world_size()} x {self.device.type}, "
             f"{str(self.trainer.update.dtype).removeprefix('torch.')}{hours}",
             self.trainer.plan.text(),
         ]
@@ -248,9 +253,11 @@ class Run:
         with distributed.failing_together():
             if distributed.is_main():
                 record_settings(output, self.job)
+                begin_card(output, self.program, to_dict(self.job), sys.orig_argv, self.num_parameters())
         if not trainer.fit(self.train_loader, self.valid_loader):
             raise KeyboardInterrupt
         if distributed.is_main():
+            finish_card(output)
             say(total(output).text())
 
     def _go_on(self, checkpoint: Path, changes: tuple[str, ...]) -> list[str]:

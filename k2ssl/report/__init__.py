@@ -1,0 +1,1 @@
+"""Result cards of runs, and tables and pictures made of them."""

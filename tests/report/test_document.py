@@ -1,0 +1,46 @@
+"""The forms of a report: nothing in a text may be taken for markup, and the web page needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import re
+
+from k2ssl.report.document import Heading, Items, Picture, Table, Text, csv_text, latex, markdown, plain, web_page
+
+NASTY = "a_b|c*d <b>&%$#{}~^\\"
+TABLE = Table("name", ("System", "WER"), ((NASTY, "1"), ("x", "22")), ("a note_",))
+PICTURE = b"\x89PNG and more"
+
+
+def test_markdown_takes_no_text_for_markup() -> None:
+    lines = markdown([Heading("t_1", 1), TABLE, Items(("one", "two")), Picture("p.png", "c")]).split("\n")
+    assert lines[0] == "# t\\_1" and lines[2] == "| System | WER |" and lines[3] == "| --- | --- |"
+    assert lines[4] == "| a\\_b\\|c\\*d \\<b>&%$#{}~^\\\\ | 1 |"
+    assert "a note\\_" in lines and "- two" in lines and "![c](p.png)" in lines
+
+
+def test_a_web_page_holds_its_pictures_and_takes_no_text_for_markup() -> None:
+    page = web_page([Heading("A <title>", 1), Text(NASTY), TABLE, Items((NASTY,)), Picture("p.png", "c")], {"p.png": PICTURE})
+    assert "<title>A &lt;title&gt;</title>" in page and "<b>" not in page and page.count("a_b|c*d &lt;b&gt;&amp;%") == 3
+    found = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert [base64.b64decode(link.removeprefix("data:image/png;base64,")) for link in found] == [PICTURE]
+
+
+def test_latex_holds_the_tables_with_every_sign_escaped() -> None:
+    text = latex([Heading("Title & more"), Text("left out"), TABLE])
+    assert r"a\_b|c*d <b>\&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} & 1 \\" in text
+    assert r"\caption{Title \& more. a note\_}" in text and r"\begin{tabular}{ll}" in text and "left out" not in text
+    assert text.count("{") == text.count("}") and r"\label{tab:name}" in text
+    assert r"$\geq$ 3" in latex([Table("t", ("≥ 3",), ())])
+
+
+def test_columns_of_a_terminal_stand_below_each_other() -> None:
+    assert plain(Table("t", ("System", "WER"), (("longer name", "1"), ("x", "22")), ("note",))) == (
+        "System       WER\nlonger name  1\nx            22\nnote"
+    )
+
+
+def test_csv_is_read_back() -> None:
+    assert list(csv.reader(io.StringIO(csv_text(Table("t", ("a", "b"), (('x, "y"\n', ""),)))))) == [["a", "b"], ['x, "y"\n', ""]]

@@ -1,0 +1,167 @@
+"""What is found below a folder, and which decoding is of which run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k2ssl.bin.report import interval
+from k2ssl.bin.score import main as score
+from k2ssl.report.experiments import Experiments, find
+
+
+def names(found: Experiments) -> dict[str, list[str]]:
+    """Decodings by run."""
+    return {run.name: [Path(wer.decoding).name for wer in run.card.results] for run in found.runs.values()}
+
+
+def look(world: Any, *roots: str) -> Experiments:
+    return find(roots or ("out",), interval)
+
+
+def test_runs_are_found_with_their_decodings(world: Any) -> None:
+    found = look(world)
+    assert names(found) == {"pretrain": [], "ssl": ["ssl-greedy"], "scratch": ["scratch-greedy"]}
+    assert found.orphans == () and found.remarks == () and list(found.label_pictures) == ["train"]
+    assert {run.name: run.card.program for run in found.runs.values()} == {"pretrain": "pretrain", "ssl": "finetune", "scratch": "finetune"}
+
+
+def test_what_lies_below_two_roots_is_found_once(world: Any) -> None:
+    assert names(look(world, "out", "out/ssl", "./out/decode")) == names(look(world))
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folder_above(world: Any) -> None:
+    world.run("second/ssl", "finetune", seconds=(1.0,), steps=10)
+    assert set(names(look(world))) == {"pretrain", "out/ssl", "second/ssl", "scratch"}
+
+
+def test_errors_and_interval_are_those_of_the_hypotheses(world: Any) -> None:
+    found = look(world)
+    (wer,) = found.runs[world.out / "scratch"].card.results
+    assert (wer.wer, wer.errors, wer.substitutions, wer.insertions, wer.deletions, wer.words) == (3 / 9, 3, 2, 1, 0, 9)
+    assert (wer.low, wer.high) == interval(world.out / "decode/scratch-greedy/hypotheses.jsonl")
+    assert wer.low is not None and wer.low < wer.wer
+    assert (wer.test_set, wer.search, wer.lm, wer.real_time_factor, wer.device) == ("test", "greedy", None, 0.5, "1 x cpu")
+
+
+def test_a_score_is_taken_before_what_the_decoding_counted(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.decoding("caps", "ssl", ["A b", "c"], ["a b", "c"])
+    (plain,) = (wer for wer in look(world).runs[world.out / "ssl"].card.results if wer.decoding.endswith("caps"))
+    assert plain.errors == 1 and plain.rule == "as-is, nfc"
+    monkeypatch.chdir(world.out)  # paths in wer.json are then meant as seen from a folder above it
+    assert score(["decode/caps/hypotheses.jsonl", "--casing", "lower", "--output", "score"]) == 0
+    monkeypatch.chdir(world.base)
+    (scored,) = (wer for wer in look(world).runs[world.out / "ssl"].card.results if wer.decoding.endswith("caps"))
+    (file,) = json.loads((world.out / "score/wer.json").read_text())["files"]
+    assert scored.rule == "lower, nfc" and (scored.wer, scored.low, scored.high) == (0.0, file["word"]["low"], file["word"]["high"])
+
+
+def test_of_several_scores_that_of_plain_comparison_counts(world: Any) -> None:
+    world.decoding("caps", "ssl", ["A b", "c"], ["a b", "c"])
+    for folder, casing in (("one", "upper"), ("two", "as-is"), ("three", "lower")):
+        assert score(["out/decode/caps/hypotheses.jsonl", "--casing", casing, "--output", f"out/score/{folder}"]) == 0
+    (wer,) = (wer for wer in look(world).runs[world.out / "ssl"].card.results if wer.decoding.endswith("caps"))
+    assert wer.rule == "as-is, nfc" and wer.errors == 1
+
+
+def test_a_score_of_an_earlier_decoding_is_named_and_passed_over(world: Any) -> None:
+    assert score(["out/decode/ssl-greedy/hypotheses.jsonl", "--output", "out/score"]) == 0
+    world.decoding("ssl-greedy", "ssl", ["a b c d"], ["x y c d"])
+    found = look(world)
+    assert [wer.errors for wer in found.runs[world.out / "ssl"].card.results] == [2]
+    assert len(found.remarks) == 1 and "wer.json" in found.remarks[0] and "1 errors" in found.remarks[0]
+
+
+def test_an_average_is_of_the_run_that_it_names(world: Any) -> None:
+    world.model("out/ssl_average.pt", "out/ssl")
+    world.decoding("averaged", "ssl", ["a"], ["b"], checkpoint="out/ssl_average.pt")
+    found = look(world)
+    assert names(found)["ssl"] == ["averaged", "ssl-greedy"]
+    assert found.runs[world.out / "ssl"].card.results[0].weights == "raw weights of ssl_average.pt"
+
+
+def test_a_checkpoint_elsewhere_is_recognised_by_its_hash(world: Any, tmp_path: Path) -> None:
+    kept = world.out / "scratch/checkpoints/step-000000050.pt"
+    kept.write_bytes(b"weights that do not say whose they are")
+    world.decoding("scratch-greedy", "scratch", ["a"], ["b"])
+    moved = world.base / "moved/step-000000050.pt"
+    moved.parent.mkdir()
+    moved.write_bytes(kept.read_bytes())
+    world.decoding("moved", "scratch", ["a"], ["b"], checkpoint="moved/step-000000050.pt")
+    assert names(look(world))["scratch"] == ["moved", "scratch-greedy"]
+    other = world.model("other/step-000000050.pt", "nowhere")
+    world.decoding("other", "scratch", ["a"], ["b"], checkpoint=str(other))
+    assert [Path(wer.decoding).name for wer in look(world).orphans] == ["other"]
+
+
+def test_a_decoding_of_weights_that_were_replaced_belongs_to_nobody(world: Any) -> None:
+    (world.out / "ssl/checkpoints/step-000000050.pt").write_bytes(b"trained again")
+    found = look(world)
+    assert names(found)["ssl"] == [] and len(found.orphans) == 1
+    assert "has changed" in found.remarks[0] and "step-000000050.pt" in found.remarks[0]
+
+
+def test_a_checkpoint_that_was_removed_is_still_of_its_run(world: Any) -> None:
+    (world.out / "ssl/checkpoints/step-000000050.pt").unlink()
+    assert names(look(world))["ssl"] == ["ssl-greedy"]
+
+
+def test_a_moved_folder_is_found_again(world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (world.base / "kept").mkdir()
+    world.out.rename(world.base / "kept/out")
+    monkeypatch.chdir("/")
+    found = find([str(world.base / "kept/out")], interval)
+    assert names(found) == {"pretrain": [], "ssl": ["ssl-greedy"], "scratch": ["scratch-greedy"]}
+
+
+def test_the_language_model_and_its_weight_are_told_apart_from_the_search(world: Any) -> None:
+    changes: dict[str, Any] = {
+        "what": {
+            "search": {"beam": 4, "nbest": 1, "lm": "x/words.arpa", "lm_scale": 0.5, "temperature": 1.3},
+            "files": {"search.lm": "l" * 64},
+        },
+        "settings": {"search": {"lm": "x/words.arpa"}},
+    }
+    world.decoding("lm", "ssl", ["a"], ["b"], **changes)
+    (wer,) = (wer for wer in look(world).runs[world.out / "ssl"].card.results if wer.lm)
+    assert (wer.lm, wer.lm_scale, wer.search, wer.files) == ("words.arpa", 0.5, "greedy, beam 4, temperature 1.3", {"search.lm": "l" * 64})
+
+
+def test_damaged_and_unfinished_files_are_named_and_passed_over(world: Any) -> None:
+    (world.out / "decode/ssl-greedy/decode.json").write_text("{")
+    world.decoding("running", "ssl", ["a"], ["b"], result=None)
+    world.decoding("partly", "ssl", ["a"], ["b"], result={"wer": 0.5, "words": {}})
+    world.decoding("silent", "ssl", ["a"], ["b"], result={"utterances": 3})
+    (world.out / "scratch/settings.json").write_text("no JSON")
+    world.write("out/score/wer.json", {"format": "else"})
+    found = look(world)
+    remarks = "\n".join(found.remarks)
+    assert names(found) == {"pretrain": [], "ssl": []}
+    for text in (
+        "ssl-greedy/decode.json: damaged",
+        "running: this decoding is not finished",
+        "partly/decode.json: damaged",
+        "no error rate",
+    ):
+        assert text in remarks
+    assert "scratch/settings.json: damaged" in remarks and "wer.json: damaged" in remarks
+
+
+def test_damaged_hypotheses_leave_a_result_without_an_interval(world: Any) -> None:
+    (world.out / "decode/ssl-greedy/hypotheses.jsonl").write_text("{")
+    found = look(world)
+    (wer,) = found.runs[world.out / "ssl"].card.results
+    assert wer.low is None and wer.high is None and wer.errors == 1 and "no interval" in found.remarks[0]
+
+
+def test_folders_without_anything_are_refused(world: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: there is no such folder"):
+        look(world, "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no runs"):
+        look(world, "empty")
+    with pytest.raises(ValueError, match="labels: no runs"):
+        look(world, "out/mfcc/labels")
