@@ -178,8 +178,9 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 self._run(loader, valid_loader, stop)
-                if self.checkpoints is not None:
-                    self.checkpoints.wait()
+                with distributed.failing_together():  # launchers kill the ranks that remain some seconds after one has ended
+                    if self.checkpoints is not None:
+                        self.checkpoints.wait()
             status = "interrupted" if self.stopping else "done"
         finally:
             try:
