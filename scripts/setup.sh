@@ -100,9 +100,9 @@ install_all() {
     # setuptools first: k2ssl itself is then built by the pinned one instead of the newest of the day
     "$venv/bin/python" -m pip install --disable-pip-version-check --quiet -c "$root/constraints.txt" setuptools >&2
     "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c "$root/constraints.txt" \
-        --no-build-isolation -e "${root}[dev]" |
+        --no-build-isolation -e "${root}[dev,quickstart]" |
         sed -u -n 's/^\(Collecting\|Processing\) \([^ ]*\).*/  \2/p; s/^Installing collected.*/  unpacking everything (takes longest)/p' >&2
-    "$venv/bin/python" "$root/scripts/missing_packages.py" dev >&2
+    "$venv/bin/python" "$root/scripts/missing_packages.py" dev quickstart >&2
     wanted_stamp >"$venv/$stamp_name.part"
     mv "$venv/$stamp_name.part" "$venv/$stamp_name"
     say "done: $venv is ready"

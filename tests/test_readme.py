@@ -25,7 +25,7 @@ def test_the_example_runs_as_printed() -> None:
 
 def test_the_commands_of_the_readme_exist() -> None:
     commands = re.findall(r"^bash (\S+)", README, flags=re.MULTILINE)
-    assert commands == ["recipes/quickstart/run.sh", "scripts/test.sh"]
+    assert commands[:2] == ["recipes/quickstart/run.sh", "scripts/test.sh"]
     assert all((REPOSITORY / command).is_file() for command in commands)
 
 

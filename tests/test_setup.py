@@ -22,6 +22,7 @@ else:
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*/run.sh"))
+SCRIPTS = sorted(path for folder in ("recipes", "scripts") for path in (REPOSITORY / folder).rglob("*.sh"))
 
 
 def shell(*command: str | Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,7 +72,10 @@ def test_an_unknown_option_is_refused_with_the_known_ones(recipe: Path, options:
     done = shell("bash", recipe, *options)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert f"unknown option {options[0]}; known options: --num-steps --name --stage --stop-stage --dry-run --help" in done.stderr
+    assert (
+        f"unknown option {options[0]}; known options: --num-steps --name --stage --stop-stage --ngpu --nnodes --dry-run --help"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_stages_that_do_not_exist_are_no_success(recipe: Path) -> None:
     assert done.returncode == 2 and "no stage lies from --stage 500 to --stop-stage 1000" in done.stderr
 
 
-@pytest.mark.parametrize("options", [("--steps", "abc"), ("--seed", "-1")])
+@pytest.mark.parametrize("options", [("--finetune-steps", "abc"), ("--seed", "-1")])
 def test_the_quickstart_refuses_what_is_no_number_before_it_sets_anything_up(options: tuple[str, str], tmp_path: Path) -> None:
     done = shell("bash", REPOSITORY / "recipes/quickstart/run.sh", *options, K2SSL_VENV=str(tmp_path / "none"))
     assert done.returncode == 2 and f"{options[0]} is {options[1]}, a whole number" in done.stderr
@@ -112,6 +116,7 @@ def test_a_failing_stage_stops_the_recipe_and_says_where(recipe: Path) -> None:
     assert done.returncode == 3
     assert "not reached" not in done.stdout
     assert "run.sh: stopped at line 9, exit status 3" in done.stderr
+    assert re.search(r"stage 1 \(second\) failed after 0:00:0\d, exit status 3$", done.stderr, re.MULTILINE)
 
 
 def test_a_dry_run_prints_commands_that_a_shell_would_read_the_same_way_and_runs_none(recipe: Path) -> None:
@@ -143,10 +148,25 @@ def test_every_recipe_dry_runs_and_explains_itself(script: Path) -> None:
     assert (script.parent / "README.md").is_file()
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_every_shell_script_is_valid_shell(script: Path) -> None:
+    done = shell("bash", "-n", script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    beside_python = Path(sys.executable).parent / "shellcheck"
+    shellcheck = str(beside_python) if beside_python.is_file() else shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = shell(shellcheck, "--external-sources", "--source-path=SCRIPTDIR", "--severity=info", *SCRIPTS)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_a_stage_without_its_environment_says_which_stage_makes_it(tmp_path: Path) -> None:
     done = shell("bash", REPOSITORY / "recipes/quickstart/run.sh", "--stage", "1", K2SSL_VENV=str(tmp_path / "none"))
     assert done.returncode == 1
-    assert "run stage 0 first" in done.stderr
+    assert "run scripts/setup.sh first" in done.stderr
 
 
 # --- scripts/setup.sh, in a copy of the tree whose PATH holds made-up interpreters
@@ -225,7 +245,7 @@ def test_the_second_set_up_does_nothing_and_a_change_of_versions_installs_again(
     assert set_up(tree).returncode == 0
     first = calls.read_text()
     assert f"-c {tree}/constraints.txt" in first
-    assert f"-e {tree}[dev]" in first
+    assert f"-e {tree}[dev,quickstart]" in first
 
     again = set_up(tree)
     assert (again.returncode, again.stderr, again.stdout) == (0, "", f"{tree}/.venv/bin/python\n")

@@ -63,7 +63,7 @@ def average(job: Average) -> None:
             mean, what = mean_over_steps(job.start, file)
     model = file.model
     model.load_state_dict(mean)  # in its own number formats
-    content = {"format": FORMAT, "version": VERSION, "config": config_to_dict(model.config), "model": model.state_dict()}
+    content = {"format": FORMAT, "version": VERSION, "config": config_to_dict(model.config), "model": model.state_dict(), "weights": what}
     save_atomically(job.output, {**content, **file.belongings})
     print(f"{job.output}: {what}, {sum(p.numel() for p in model.parameters()):,} parameters")
 

@@ -96,7 +96,8 @@ def load_trained(
         raise ValueError(
             f"{first.path}: its model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}: they do not belong together"
         )
-    what = "raw weights"
+    said = first.content.get("weights")  # of a file of k2ssl.bin.average
+    what = said if isinstance(said, str) else "raw weights"
     if len(checkpoints) > 1:
         model.load_state_dict(mean_of_models(first, checkpoints[1:]))
         what = f"mean of the {weights} weights of {len(checkpoints)} checkpoints"

@@ -45,6 +45,7 @@ from k2ssl.bin.cluster_features import choose_device, features_of, peak_memory
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.quality_report import CompareConfig, Comparison, measure_store, open_comparison, write_report
+from k2ssl.bin.run_folder import refusing
 from k2ssl.config import dump
 from k2ssl.labelling.assign import LabelledBatch, label_batches
 from k2ssl.labelling.features import FeatureFunction
@@ -100,13 +101,15 @@ def label(job: Label) -> None:
     """Do the job on this rank."""
     where = choose_device(job.device)
     check_files(kmeans=job.kmeans, cuts=job.cuts, checkpoint=job.checkpoint)
-    kmeans = KMeans.load(job.kmeans)
+    with refusing():
+        kmeans = KMeans.load(job.kmeans)
     output = Path(job.output)
     started = time.monotonic()
     with distributed.set_up(where, timeout_minutes=PATIENCE_MINUTES) as device:
-        features = features_of(kmeans, job.checkpoint, device, job.kmeans)
-        cuts = Chained(CutLists(job.cuts).open())
-        with distributed.failing_together():
+        with refusing():
+            features = features_of(kmeans, job.checkpoint, device, job.kmeans)
+            cuts = Chained(CutLists(job.cuts).open())
+        with refusing():
             if distributed.is_main():
                 if job.overwrite and job.compare.previous and Path(job.compare.previous).resolve() == output.resolve():
                     raise ValueError(f"compare.previous is {job.compare.previous}, the very labels that overwrite would remove")

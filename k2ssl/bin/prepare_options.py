@@ -1,4 +1,4 @@
-"""What the `prepare_cuts.py` scripts of the recipes share: options, what they print, exit codes.
+"""What the scripts of the recipes share: options of the `prepare_cuts.py` scripts, what they print, exit codes.
 
 Exit codes: 0 all splits are there (unreadable files are listed, and do not change it), 1 something was refused, 2 wrong usage, 130 interrupted.
 """
@@ -6,14 +6,16 @@ Exit codes: 0 all splits are there (unreadable files are listed, and do not chan
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from k2ssl.data.audio_scan import ScanSettings
-from k2ssl.data.prepare_cuts import Prepared, cores
+from k2ssl.bin.program import one_line
+
+if TYPE_CHECKING:  # slow to import, and not needed by scripts that make no cuts
+    from k2ssl.data.audio_scan import ScanSettings
+    from k2ssl.data.prepare_cuts import Prepared
 
 _RESUMING = """\
 A split whose cuts_SPLIT.jsonl.gz exists is finished and skipped. An interrupted run is continued by the same command: what was read
@@ -37,6 +39,8 @@ def parser(description: str, *, min_duration: float = 0.0, max_duration: bool = 
         min_duration: default of `--min-duration`, in seconds.
         max_duration: whether there is a `--max-duration`.
     """
+    from k2ssl.data.prepare_cuts import cores
+
     head, _, details = description.partition("\n\n")
     result = argparse.ArgumentParser(
         description=head, epilog=f"{details.strip()}\n\n{_RESUMING}", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,6 +95,8 @@ def common(options: argparse.Namespace, **settings: Any) -> Common:
     Raises:
         ValueError: one of them is out of range.
     """
+    from k2ssl.data.audio_scan import ScanSettings
+
     return Common(
         settings=ScanSettings(
             min_duration=options.min_duration,
@@ -108,22 +114,30 @@ def common(options: argparse.Namespace, **settings: Any) -> Common:
 
 def run(script: str, work: Callable[[], Iterable[Prepared]]) -> int:
     """Prepare splits one after the other, print the table of each when it is there and a last line for all. Returns the exit code."""
-    done: list[Prepared] = []
-    try:
+
+    def prepare() -> None:
+        done: list[Prepared] = []
         for prepared in work():
             done.append(prepared)
             print(prepared, flush=True)
+        hours = sum(prepared.summary.hours for prepared in done)
+        cuts = sum(prepared.summary.cuts for prepared in done)
+        skipped = sum(prepared.unreadable for prepared in done)
+        print(f"done: {len(done)} split(s), {cuts:,} cuts, {hours:,.3f} h; {skipped:,} unreadable or unusable files skipped and listed")
+
+    return exit_code(script, prepare)
+
+
+def exit_code(script: str, work: Callable[[], None]) -> int:
+    """Do the work of a script; an error for people (`ValueError`, `OSError`) becomes one line on standard error. Returns the exit code."""
+    try:
+        work()
     except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        print(f"{script}: {error}{'; make room, the same command continues there' if full else ''}", file=sys.stderr)
+        print(f"{script}: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{script}: interrupted; what was read is kept, the same command continues there", file=sys.stderr)
+        print(f"{script}: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    hours = sum(prepared.summary.hours for prepared in done)
-    cuts = sum(prepared.summary.cuts for prepared in done)
-    skipped = sum(prepared.unreadable for prepared in done)
-    print(f"done: {len(done)} split(s), {cuts:,} cuts, {hours:,.3f} h; {skipped:,} unreadable or unusable files skipped and listed")
     return 0
 
 

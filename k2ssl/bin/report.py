@@ -12,6 +12,7 @@ run gets its error rates. Exit status: 0 done, 1 the run failed, 2 wrong usage o
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # slow to import, and not needed to show --help
     from k2ssl.report.references import Reference
 
 REPORT = "report.md"
+_WIDTH = 140  # characters, where the output is no terminal
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class MakeReport:
     Attributes:
         experiments: folders to look through; may also be named before all options.
         output: folder for the report.
-        baseline: name of the system, as the tables have it, that all others are compared with.
+        baseline: names of systems, as the tables have them, that all others are compared with, one after the other.
         title: of the report.
         references: TOML file with rows of the literature, shown apart and marked; docs/results.md says what it holds.
         cards: complete card.json in the folders of the runs; False only reads there.
@@ -50,7 +52,7 @@ class MakeReport:
 
     experiments: tuple[str, ...]
     output: str
-    baseline: str | None = None
+    baseline: tuple[str, ...] = ()
     title: str = "Results"
     references: str | None = None
     cards: bool = True
@@ -77,7 +79,7 @@ def report(job: MakeReport) -> None:
     write(check_folder(job.output), made)
     if job.cards:
         complete_cards(experiments)
-    print(terminal(made))
+    print(terminal(made, shutil.get_terminal_size((_WIDTH, 24)).columns))
     print(f"report in {Path(job.output) / REPORT} and report.html")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from k2ssl.atomic_file import atomic_file
-from k2ssl.report.origin import Code, Init, Labels, Manifest, code_version, init_of, labels_of, manifests_of
+from k2ssl.report.origin import Code, Init, Labels, Manifest, code_version, command_shown, init_of, labels_of, manifests_of
 from k2ssl.structure import from_dict, to_dict
 from k2ssl.train.json_lines import read_json_lines
 from k2ssl.train.ledger import LEDGER, LedgerTotal, total
@@ -93,9 +93,9 @@ class Card:
 
     Attributes:
         program: pretrain or finetune.
-        command: of the process that began it last.
-        code: what was run.
-        settings: all of them, as in settings.json.
+        command: that started it last with something left to train; paths below its working folder as seen from there.
+        code: what was run then.
+        settings: all of them, as in settings.json; infinities as text.
         parameters: of the model.
         data: manifests it was trained on.
         labels: label stores it was trained on.
@@ -128,22 +128,24 @@ def begin_card(folder: Path, program: str, settings: Mapping[str, Any], command:
     Raises:
         OSError: the folder cannot be written to.
     """
-    before = earlier_card(folder)
+    before = earlier_card(folder) if any((folder / "checkpoints").glob("step-*.pt")) else None  # without these it begins anew
+    if before is not None and before.settings == _plain(settings) and _was_finished(folder):
+        write_card(folder, dataclasses.replace(before, updates=updates_of(folder), usage=usage_of(folder)))
+        return  # nothing is left to train, so that what runs now has made nothing of what is there
     init = init_of(settings, Path.cwd())
-    if before is not None and init is not None and init.sha256 is None and before.init is not None and before.init.path == init.path:
-        init = before.init  # the file has been removed since
+    if before is not None and init is not None and before.init is not None and before.init.path == init.path:
+        init = before.init  # that the run did begin with: the file may have been replaced or removed since
     card = Card(
         program=program,
-        command=tuple(command),
+        command=command_shown(command),
         code=code_version(),
-        settings=settings,
+        settings=_plain(settings),
         parameters=parameters,
         data=manifests_of(settings, Path.cwd()),
         labels=labels_of(settings, Path.cwd()),
         init=init,
         updates=updates_of(folder),
-        usage=usage_of(folder),
-        results=() if before is None else before.results,
+        usage=usage_of(folder),  # without results: those of before are not of the model that will be
     )
     write_card(folder, card)
 
@@ -170,7 +172,7 @@ def card_of(folder: Path, settings: Mapping[str, Any], program: str) -> Card:
         program=program,
         command=None,
         code=Code(None, None, None, None, None),
-        settings=settings,
+        settings=_plain(settings),
         parameters=None,
         data=manifests_of(settings, base),
         labels=labels_of(settings, base),
@@ -228,6 +230,21 @@ def earlier_card(folder: Path) -> Card | None:
     except (ValueError, OSError) as error:
         _log.warning("warning: %s; passed over", error)
         return None
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a card holds them: numbers that JSON does not know (infinities) as text."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings), parse_constant=str)
+    return plain
+
+
+def _was_finished(folder: Path) -> bool:
+    """Whether the start before this one came to its end. This one has written nothing into the ledger yet."""
+    try:
+        records, _ = read_json_lines(folder / LEDGER)
+    except OSError:
+        return False
+    return bool(records) and records[-1].get("status") == "done"
 
 
 def usage_of(folder: Path) -> Usage:

@@ -9,7 +9,7 @@ from typing import Any
 
 from k2ssl.report.card import Card, base_of, has_ledger
 from k2ssl.report.experiments import PROGRAMS, Run, read_run, run_of_file
-from k2ssl.report.origin import labels_of, read_json
+from k2ssl.report.origin import Init, labels_of, read_json, shown
 from k2ssl.train.ledger import LedgerTotal, total
 
 LABELLING = ("fit_kmeans", "label")
@@ -112,13 +112,13 @@ def _add_run(chain: Chain, folder: Path, cards: Mapping[Path, Card], name: str) 
         return
     card = cards.get(folder) or read_run(folder, chain.missing)
     if card is None:
-        _miss(chain, f"the run {folder} is not there")
+        _miss(chain, f"the run {shown(folder)} is not there")
         return
     chain.runs[folder] = card
     chain.ledgers.append(folder)
     base = base_of(folder, card.settings)
     data = ", ".join(f"{item.path}{'' if item.hours is None else f' ({item.hours:,.2f} h)'}" for item in card.data)
-    begin = "from drawn weights" if card.init is None else f"from {card.init.weights} weights of {card.init.path}"
+    begin = "from drawn weights" if card.init is None else f"from {_weights(card.init)}"
     chain.steps_text.append(f"{name}: {card.program} {begin}, on {data or 'unknown data'}")
     if card.init is not None:
         _add_model(chain, base / card.init.path, base, cards, card.init.run)
@@ -129,7 +129,7 @@ def _add_run(chain: Chain, folder: Path, cards: Mapping[Path, Card], name: str) 
 def _add_model(chain: Chain, path: Path, base: Path, cards: Mapping[Path, Card], said: str | None = None) -> None:
     folder = run_of_file(path, base) or (None if said is None else (base / said).resolve())
     if folder is None:
-        _miss(chain, f"{path} does not say which run it is from")
+        _miss(chain, f"{shown(path)} does not say which run it is from")
         return
     _add_run(chain, folder, cards, folder.name)
 
@@ -143,15 +143,15 @@ def _add_labels(chain: Chain, folder: Path, cards: Mapping[Path, Card]) -> None:
         f"labels {folder.name}: {labels.num_classes or '?'} classes of {labels.features or 'unknown features'}, k-means {_short(labels.kmeans_sha256)}"
         + (f", features of checkpoint {_short(labels.checkpoint_sha256)}" if labels.checkpoint_sha256 else "")
     )
-    _add_ledger(chain, folder, f"the labels in {folder}")
+    _add_ledger(chain, folder, f"the labels in {shown(folder)}")
     if labels.kmeans is not None:
         _add_ledger(chain, (base / labels.kmeans).parent.resolve(), f"the k-means {labels.kmeans}")
     else:
-        _miss(chain, f"the labels in {folder} do not say with which k-means they were made")
+        _miss(chain, f"the labels in {shown(folder)} do not say with which k-means they were made")
     if labels.checkpoint is not None:
         _add_model(chain, base / labels.checkpoint, base, cards)
     elif labels.checkpoint_sha256 is not None:
-        _miss(chain, f"labels in {folder}: the model behind their features is not named")
+        _miss(chain, f"labels in {shown(folder)}: the model behind their features is not named")
 
 
 def _add_ledger(chain: Chain, folder: Path, what: str) -> None:
@@ -172,6 +172,11 @@ def _part(used: LedgerTotal | None) -> Part:
 
 def _sum(numbers: list[Any]) -> int | None:
     return None if None in numbers else sum(numbers)
+
+
+def _weights(init: Init) -> str:
+    """Of a model file, whose weights may themselves be an average, the name alone."""
+    return f"{init.weights} weights of {init.path}" if Path(init.path).parent.name == "checkpoints" else init.path
 
 
 def _short(sha: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from k2ssl import __version__
 from k2ssl.report.chain import Chain, cost_of, follow
 from k2ssl.report.document import Block, Heading, Items, Picture, Table, Text, csv_text, latex, markdown, plain, web_page
 from k2ssl.report.experiments import Experiments, Run
+from k2ssl.report.origin import command_shown
 from k2ssl.report.pictures import loss_curves, wer_by_hours
 from k2ssl.report.references import Reference, reference_table
 from k2ssl.report.tables import (
@@ -40,13 +42,15 @@ class Report:
     blocks: tuple[Block, ...]
 
 
-def build(experiments: Experiments, references: tuple[Reference, ...], title: str, baseline: str | None, roots: Sequence[str]) -> Report:
+def build(
+    experiments: Experiments, references: tuple[Reference, ...], title: str, baselines: Sequence[str], roots: Sequence[str]
+) -> Report:
     """
     Args:
         experiments: what was found.
         references: rows of the literature.
         title: of the report.
-        baseline: the system that others are compared with.
+        baselines: the systems that others are compared with.
         roots: where was looked, for the record.
 
     Raises:
@@ -57,7 +61,7 @@ def build(experiments: Experiments, references: tuple[Reference, ...], title: st
     systems = [System(run.name, run.card, cost_of(chains[run.name]), distinct(run.card.results)) for run in experiments.runs.values()]
     if experiments.orphans:
         systems.append(System("(run not found)", None, None, distinct(experiments.orphans)))
-    tables = _tables(systems, baseline)  # first, as it refuses a baseline that is not there
+    tables = _tables(systems, baselines)  # first, as it refuses a baseline that is not there
     pictures = _pictures(experiments, systems)
     drawn = [Picture(name, caption) for name, caption in _CAPTIONS.items() if name in pictures]
     labels = [Picture(_label_file(name), f"Labels {name}") for name in experiments.label_pictures]
@@ -78,14 +82,14 @@ def build(experiments: Experiments, references: tuple[Reference, ...], title: st
     return Report(texts, pictures, tuple(blocks))
 
 
-def terminal(report: Report) -> str:
-    """The tables of error rates and cost."""
+def terminal(report: Report, width: int) -> str:
+    """The tables of error rates and cost, in lines of at most `width` characters where that can be."""
     parts, title = [], ""
     for block in report.blocks:
         if isinstance(block, Heading):
             title = block.text
         elif isinstance(block, Table) and block.name != "references":
-            parts.append(f"{title}\n{plain(block)}")
+            parts.append(f"{title}\n{plain(block, width)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,13 +97,13 @@ def _section(title: str, blocks: Sequence[Block]) -> list[Block]:
     return [Heading(title), *blocks] if blocks else []
 
 
-def _tables(systems: Sequence[System], baseline: str | None) -> list[Block]:
+def _tables(systems: Sequence[System], baselines: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
     for with_lm, table in wer_tables(systems).items():
         blocks += [Heading(f"Word error rates {_LM[with_lm]}"), table]
-    if baseline is not None:
+    for number, baseline in enumerate(dict.fromkeys(baselines)):
         comparisons, names = compare(systems, baseline), set_names(systems)
-        tables = {with_lm: comparison_table(comparisons, names, with_lm) for with_lm in _LM}
+        tables = {with_lm: comparison_table(comparisons, names, with_lm, number) for with_lm in _LM}
         for with_lm, compared in tables.items():
             if compared is not None:
                 blocks += [Heading(f"Against {baseline}, {_LM[with_lm]}"), compared]
@@ -116,7 +120,7 @@ def _lineage(runs: Sequence[Run], chains: Mapping[str, Chain]) -> list[Block]:
         if code.commit is not None:
             version += f", commit {code.commit[:12]}{' with changes' if code.dirty else ''}"
         lines = [*chains[run.name].steps_text, f"code: {version}"]
-        lines += [] if run.card.command is None else [f"command: {' '.join(run.card.command)}"]
+        lines += [] if run.card.command is None else [f"command: {shlex.join(command_shown(run.card.command))}"]
         blocks += [Heading(run.name, 3), Items(tuple(lines))]
     return [Heading("Where each run comes from"), *blocks] if blocks else []
 

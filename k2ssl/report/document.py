@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from urllib.parse import quote
 
 _STYLE = """body { font: 15px/1.45 system-ui, sans-serif; color: #202020; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
@@ -14,7 +17,7 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
 th, td { border-bottom: 1px solid #d0d0d0; padding: .3rem .6rem; text-align: left; white-space: nowrap }
 th { border-bottom: 2px solid #808080 } img { max-width: 100% } figure { margin: 1rem 0 } figcaption, .note { color: #505050; font-size: 13px }"""
 _LATEX = {**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-_LATEX |= {"≥": r"$\geq$"}
+_LATEX |= {"≥": r"$\geq$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,17 @@ def latex(blocks: Sequence[Block]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def plain(table: Table) -> str:
-    """For a terminal: columns side by side."""
+def plain(table: Table, width: int | None = None) -> str:
+    """For a terminal: columns side by side; with a width, the widest are broken between words until the table fits, if it can."""
     widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (table.header, *table.rows)]
+    least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in zip(table.header, *table.rows, strict=True)]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and widths != least:
+        widths[max((room, column) for column, room in enumerate(widths) if room > least[column])[1]] -= 1
+    lines = []
+    for row in (table.header, *table.rows):
+        cells = [textwrap.wrap(cell, max(room, 1), break_on_hyphens=False) for cell, room in zip(row, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            lines.append("  ".join(part.ljust(room) for part, room in zip(parts, widths, strict=True)).rstrip())
     return "\n".join([*lines, *table.notes])
 
 
@@ -108,7 +118,7 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Items):
         return "\n".join(f"- {_escaped(line)}" for line in block.lines)
     if isinstance(block, Picture):
-        return f"![{_escaped(block.caption)}]({block.file})"
+        return f"![{_escaped(block.caption)}]({quote(block.file)})"
     lines = [block.header, ("---",) * len(block.header), *block.rows]
     table = "\n".join("| " + " | ".join(cell if row is lines[1] else _escaped(cell) for cell in row) + " |" for row in lines)
     return "\n\n".join([table, *map(_escaped, block.notes)])

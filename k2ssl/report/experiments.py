@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from k2ssl.report.card import Card, Wer, base_of, card_of
-from k2ssl.report.origin import file_sha256, output_in, read_json
+from k2ssl.report.origin import file_sha256, output_in, read_json, shown
+from k2ssl.structure import from_dict
 from k2ssl.train.ledger import LEDGER, total
 
 PROGRAMS = ("pretrain", "finetune")
 Interval = Callable[[Path], tuple[float, float]]
 
 _SKIPPED = {"checkpoints", "tensorboard", "incidents"}  # large, and nothing of ours to find there
-_FILE_OPTIONS = ("lexicon", "context")
 # Options at values that change nothing.
 _NEUTRAL = {"nbest": 1, "max_symbols_per_frame": 1, "blank_penalty": 0.0, "temperature": 1.0, "token_score": 0.0, "word_score": 0.0}
 _PLAIN_RULE = "as-is, nfc"  # how k2ssl.bin.decode itself counts
+_IN_WORDS = {"errors": "errors", "reference": "words"}
+
+_STEP = re.compile(r"step-0*(\d+)\.pt")
 
 _log = logging.getLogger(__name__)
 
@@ -100,10 +105,10 @@ def read_run(folder: Path, remarks: list[str]) -> Card | None:
         return None
     settings = read_json(folder / "settings.json")
     if not settings:
-        remarks.append(f"{folder / 'settings.json'}: damaged; this run is passed over")
+        remarks.append(f"{shown(folder / 'settings.json')}: damaged; this run is passed over")
         return None
     if len(programs) > 1:
-        remarks.append(f"{folder / LEDGER}: of both {' and '.join(programs)}; this run is passed over")
+        remarks.append(f"{shown(folder / LEDGER)}: of both {' and '.join(programs)}; this run is passed over")
         return None
     return card_of(folder, settings, programs[0])
 
@@ -112,13 +117,15 @@ def run_of_decoding(decoding: Decoding, runs: Mapping[Path, Run], remarks: list[
     """The folder of the run whose weights were decoded with; None if it is not among `runs`."""
     settings, what = decoding.record["settings"], decoding.record["what"]
     base = base_of(decoding.folder, settings)
-    hashes = [sha for sha in what.get("checkpoints", []) if isinstance(sha, str)]
+    hashes = [sha for sha in what.get("checkpoints") or () if isinstance(sha, str)]
     paths = [base / path for path in (*settings.get("checkpoints", ()), *([settings["after"]] if settings.get("after") else []))]
     if not paths or len(paths) != len(hashes):
         return None
     for path, sha in zip(paths, hashes, strict=True):
         if path.is_file() and file_sha256(path) != sha:
-            remarks.append(f"{decoding.folder}: {path} has changed since it was decoded with, so these results are of no run that is there")
+            remarks.append(
+                f"{shown(decoding.folder)}: {shown(path)} has changed since it was decoded with, so these results are of no run that is there"
+            )
             return None
     by_path = [run_of_file(path, base) for path in paths]
     if by_path[0] is not None and by_path[0] in runs:
@@ -177,27 +184,29 @@ def _decoding(folder: Path, scores: Mapping[Path, Mapping[str, Any]], interval: 
         return None
     record = read_json(path)
     if not all(isinstance(record.get(key), Mapping) for key in ("what", "settings")) or "result" not in record:
-        remarks.append(f"{path}: damaged, or not of k2ssl.bin.decode; passed over")
+        remarks.append(f"{shown(path)}: damaged, or not of k2ssl.bin.decode; passed over")
         return None
     if record["result"] is None:
-        remarks.append(f"{folder}: this decoding is not finished; passed over")
+        remarks.append(f"{shown(folder)}: this decoding is not finished; passed over")
         return None
     try:
         if "wer" not in record["result"]:
-            remarks.append(f"{folder}: without transcripts, so there is no error rate")
+            remarks.append(f"{shown(folder)}: without transcripts, so there is no error rate")
             return None
         return Decoding(folder, record, _wer(folder, record, scores.get(folder / "hypotheses.jsonl"), interval, remarks))
-    except (KeyError, TypeError, AttributeError) as error:
-        remarks.append(f"{path}: damaged ({error!r}); passed over")
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        remarks.append(f"{shown(path)}: damaged ({error!r}); passed over")
         return None
 
 
 def _wer(folder: Path, record: Mapping[str, Any], score: Mapping[str, Any] | None, interval: Interval, remarks: list[str]) -> Wer:
     what, result = record["what"], record["result"]
     counts = {**result["words"], "rate": result["wer"], "rule": _PLAIN_RULE}
-    if score is not None and score["rule"] == _PLAIN_RULE and score["word"]["errors"] != counts["errors"]:
+    unlike = [] if score is None else [name for name in _same_for(score["rule"]) if score["word"].get(name) != counts[name]]
+    if score is not None and unlike:
         remarks.append(
-            f"{score['file']}: counts {score['word']['errors']} errors of {folder}, which has {counts['errors']}: made of an earlier one"
+            f"{shown(score['file'])}: counts {score['word'].get(unlike[0])} {_IN_WORDS[unlike[0]]} of {shown(folder)}, which has "
+            f"{counts[unlike[0]]}: made of an earlier one"
         )
         score = None
     if score is not None:
@@ -205,33 +214,39 @@ def _wer(folder: Path, record: Mapping[str, Any], score: Mapping[str, Any] | Non
     else:
         counts["low"], counts["high"] = _interval(folder, interval, remarks)
     lm = record["settings"]["search"].get("lm")
-    return Wer(
-        test_set="+".join(map(_set_name, record["settings"]["cuts"])),
-        cuts=str(what["cuts"]),
-        search=_search_text(what["method"], what["search"]),
-        lm=None if lm is None else Path(lm).name,
-        lm_scale=what["search"].get("lm_scale") if lm is not None else None,
-        files=dict(what["files"]),
-        weights=_weights_text(what["weights"], record["settings"]["checkpoints"][0]),
-        rule=counts["rule"],
-        wer=counts["rate"],
-        low=counts.get("low"),
-        high=counts.get("high"),
+    facts = {
+        "test_set": "+".join(map(_set_name, record["settings"]["cuts"])),
+        "cuts": what["cuts"],
+        "search": _search_text(what["method"], what["search"]),
+        "lm": None if lm is None else Path(lm).name,
+        "lm_scale": what["search"].get("lm_scale") if lm is not None else None,
+        "files": what["files"],
+        "weights": _weights_text(what["weights"], record["settings"]["checkpoints"]),
+        "rule": counts["rule"],
+        "wer": counts["rate"],
+        **{name: counts.get(name) for name in ("low", "high")},
         **{name: counts[name] for name in ("errors", "substitutions", "insertions", "deletions")},
-        words=counts["reference"],
-        utterances=result["utterances"],
-        audio_seconds=result["audio_seconds"],
-        real_time_factor=result["real_time_factor"],
-        device=f"{result['ranks']} x {result['device']}",
-        decoding=str(folder),
-    )
+        "words": counts["reference"],
+        **{name: result[name] for name in ("utterances", "audio_seconds", "real_time_factor")},
+        "device": f"{result['ranks']} x {result['device']}",
+        "decoding": shown(folder),
+    }
+    for name, value in facts.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    return from_dict(Wer, facts)
+
+
+def _same_for(rule: str) -> tuple[str, ...]:
+    """The counts in which a score by a rule and the decoding itself must agree: casing can change errors, but no number of words."""
+    return ("errors", "reference") if rule == _PLAIN_RULE else ("reference",)
 
 
 def _interval(folder: Path, interval: Interval, remarks: list[str]) -> tuple[float | None, float | None]:
     try:
         return interval(folder / "hypotheses.jsonl")
     except (ValueError, OSError) as error:
-        remarks.append(f"{folder}: no interval: {error}")
+        remarks.append(f"{shown(folder)}: no interval: {error}")
         return None, None
 
 
@@ -243,8 +258,10 @@ def _scores(folders: Sequence[Path], remarks: list[str]) -> dict[Path, dict[str,
         if not path.is_file():
             continue
         content = read_json(path)
-        if content.get("format") != "k2ssl-wer" or content.get("version") != 1 or not isinstance(content.get("files"), list):
-            remarks.append(f"{path}: damaged, or not of k2ssl.bin.score; passed over")
+        files = content.get("files")
+        whole = isinstance(files, list) and all(isinstance(entry, Mapping) and isinstance(entry.get("word"), Mapping) for entry in files)
+        if content.get("format") != "k2ssl-wer" or content.get("version") != 1 or not whole:
+            remarks.append(f"{shown(path)}: damaged, or not of k2ssl.bin.score; passed over")
             continue
         rule = f"{content.get('casing')}, {content.get('unicode')}"
         for entry in content["files"]:
@@ -255,26 +272,32 @@ def _scores(folders: Sequence[Path], remarks: list[str]) -> dict[Path, dict[str,
 
 
 def _hypotheses(path: str, folder: Path) -> Path | None:
-    """The file that a score names: as it is named here, or as seen from a folder above the score."""
-    for base in (Path.cwd(), folder, *folder.parents):
+    """The file that a score names: as seen from the score's folder or one above it, which may have been moved together, or from here."""
+    for base in (folder, *folder.parents, Path.cwd()):
         if (base / path).is_file():
             return (base / path).resolve()
     return None
 
 
 def _search_text(method: str, options: Mapping[str, Any]) -> str:
-    shown = []
+    words = []
     for name, value in options.items():
-        if name in ("lm", "lm_scale") or value is None or (name in _NEUTRAL and value == _NEUTRAL[name]):
+        if name in ("lm", "lm_scale") or value is None or value is False or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
-        shown.append(f"{name.replace('_', ' ')} {Path(value).name if name in _FILE_OPTIONS else f'{value:g}'}")
-    return ", ".join([method, *shown])
+        name = name.replace("_", " ")
+        words.append(name if value is True else f"{name} {Path(value).name if isinstance(value, str) else f'{value:g}'}")
+    return ", ".join([method, *words])
 
 
-def _weights_text(weights: str, path: str) -> str:
-    """Of a model file, which may itself hold an average, its name is told too."""
-    file = Path(path)
-    return weights if file.parent.name == "checkpoints" else f"{weights} of {file.name}"
+def _weights_text(weights: str, paths: Sequence[str]) -> str:
+    """With the steps of checkpoints; of a model file, whose weights may themselves be an average, the name."""
+    found = [_STEP.fullmatch(Path(path).name) for path in paths]
+    steps = sorted(int(match[1]) for match in found if match)
+    if len(steps) == len(paths) > 1:
+        return f"{weights}, steps {steps[0]:,} to {steps[-1]:,}"
+    if weights != "raw weights":  # it says which steps
+        return weights
+    return f"raw weights at step {steps[0]:,}" if steps else f"as in {Path(paths[0]).name}"
 
 
 def _set_name(manifest: str) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -78,6 +78,20 @@ class Init:
     weights: str
     sha256: str | None
     run: str | None
+
+
+def shown(path: Path) -> str:
+    """A path for people: one below the current folder as seen from there, so that what is published does not tell of the machine."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def command_shown(command: Sequence[str]) -> tuple[str, ...]:
+    """A command line with paths as `shown` and its first word, the interpreter, without the folder that it lies in."""
+    words = (shown(Path(word)) if Path(word).is_absolute() else word for word in command[1:])
+    return (*(Path(first).name for first in command[:1]), *words)
 
 
 def code_version() -> Code:
@@ -180,7 +194,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none that can be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -76,7 +76,7 @@ def reference_table(rows: tuple[Reference, ...]) -> Table:
     header = ("System", "Numbers", "Kind", "Data", "Language model", "Search", "Conditions", "Source")
     cells = [
         (
-            *(row.system, "; ".join(f"{name} {value:g}" for name, value in row.numbers.items()), row.tag),
+            *(row.system, "; ".join(f"{name} {value:.10g}" for name, value in row.numbers.items()), row.tag),
             *(row.data or "not told", row.lm or "not told", row.search or "not told", row.conditions, row.source),
         )
         for row in rows

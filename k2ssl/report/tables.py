@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from k2ssl.report.chain import Cost, Part
 from k2ssl.report.document import Table
 
 UNKNOWN = "-"  # in tables, where something is not known or does not exist
+_TUNED = re.compile(r", (?:token|word) score [^,]+")  # with a language model these are found on other data, like its weight
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def distinct(results: Iterable[Wer]) -> tuple[Wer, ...]:
     """Results without those that repeat an earlier one: same conditions, same weights, same errors."""
     seen: dict[tuple[object, ...], Wer] = {}
     for wer in results:
-        seen.setdefault((conditions(wer), wer.weights, wer.errors, wer.substitutions, wer.insertions, wer.words), wer)
+        seen.setdefault((conditions(wer), _tuning(wer), wer.weights, wer.errors, wer.substitutions, wer.insertions, wer.words), wer)
     return tuple(seen.values())
 
 
@@ -167,17 +169,20 @@ def compare(systems: Sequence[System], baseline: str) -> list[Comparison]:
             continue
         for wer in system.results:
             same = [other for other in chosen.results if conditions(other) == conditions(wer)]
+            same = [other for other in same if _tuning(other) == _tuning(wer)] or same
             same = [other for other in same if other.weights == wer.weights] or same
             if len(same) == 1:
                 found.append(_compare(system, wer, chosen, same[0]))
             elif same:
-                why = f"not compared: the baseline has {len(same)} results, none with these weights alone"
+                why = f"not compared: the baseline has {len(same)} results, none of which is like this one in weights and scales alone"
                 found.append(Comparison(system.name, wer, None, None, None, None, None, (why,)))
     return found
 
 
-def comparison_table(comparisons: Sequence[Comparison], names: Mapping[tuple[str, str], str], with_lm: bool) -> Table | None:
-    """The comparisons with a language model, or those without; None if there are none."""
+def comparison_table(
+    comparisons: Sequence[Comparison], names: Mapping[tuple[str, str], str], with_lm: bool, number: int = 0
+) -> Table | None:
+    """The comparisons with a language model, or those without; None if there are none. `number` tells the tables of several baselines apart."""
     chosen = [one for one in comparisons if (one.wer.lm is not None) == with_lm]
     header = (
         "System",
@@ -201,17 +206,22 @@ def comparison_table(comparisons: Sequence[Comparison], names: Mapping[tuple[str
         )
         for one in chosen
     ]
-    return Table(f"compared-{'lm' if with_lm else 'no-lm'}", header, tuple(rows)) if rows else None
+    name = f"compared-{'lm' if with_lm else 'no-lm'}{f'-{number + 1}' if number else ''}"
+    return Table(name, header, tuple(rows)) if rows else None
 
 
 def conditions(wer: Wer) -> tuple[object, ...]:
-    """What must be equal for two results to be compared: utterances, search, language model, and how texts are compared."""
-    return (wer.cuts, wer.search, wer.lm is not None, tuple(sorted(wer.files.items())), wer.lm_scale, wer.rule)
+    """What must be equal for two results to be compared: utterances, search, language model, and how texts are compared.
+
+    The weight of the language model and the scores beside it are not among that: each system has its own, found on other data.
+    """
+    search = wer.search if wer.lm is None else _TUNED.sub("", wer.search)
+    return (wer.cuts, search, wer.lm is not None, tuple(sorted(wer.files.items())), wer.rule)
 
 
 def hours_text(part: Part) -> str:
     """GPU-hours and CPU-hours, whichever there are."""
-    shown = [f"{hours:,.2f} {unit}-h" for hours, unit in ((part.gpu_hours, "GPU"), (part.cpu_hours, "CPU")) if hours]
+    shown = [f"{hours:,.{3 if hours < 1 else 2}f} {unit}-h" for hours, unit in ((part.gpu_hours, "GPU"), (part.cpu_hours, "CPU")) if hours]
     return " + ".join(shown) or UNKNOWN
 
 
@@ -219,11 +229,17 @@ def _wer_table(systems: Sequence[System], names: Mapping[tuple[str, str], str], 
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     sets: list[str] = []
     shown = [replace(system, results=tuple(wer for wer in system.results if (wer.lm is not None) == with_lm)) for system in systems]
+    results = [wer for system in shown for wer in system.results]
+    several_rules = len({wer.rule for wer in results}) > 1
     for system in shown:
         for wer in system.results:
             name = names[wer.test_set, wer.cuts]
             sets = [*sets, name] if name not in sets else sets
-            row = cells.setdefault((system.name, _search(wer), wer.weights), {})
+            search = _search(wer)
+            if len({tuple(sorted(other.files.items())) for other in results if _search(other) == search}) > 1:  # of one name
+                search += f" [{', '.join(sha[:6] for _, sha in sorted(wer.files.items()))}]"
+            search += f" ({wer.rule})" if several_rules else ""
+            row = cells.setdefault((system.name, search, wer.weights), {})
             row[name] = f"{row[name]}; {_rate(wer)}" if name in row else _rate(wer)
     if not cells:
         return None
@@ -240,7 +256,7 @@ def _differences(systems: Sequence[System], names: Mapping[tuple[str, str], str]
         notes.append(f"Not comparable: {', '.join(several)} have the same name and hold other utterances.")
     rules = sorted({wer.rule for system in systems for wer in system.results})
     if len(rules) > 1:
-        notes.append(f"Not comparable: texts were compared by different rules ({'; '.join(rules)}), see the table of all results.")
+        notes.append(f"Not comparable: texts were compared by different rules ({'; '.join(rules)}).")
     by_updates: dict[int, list[str]] = {}
     for system in systems:
         if system.results and system.cost is not None and system.cost.finetuning_updates is not None:
@@ -271,6 +287,8 @@ def _compare(system: System, wer: Wer, baseline: System, other: Wer) -> Comparis
     notes = []
     if wer.weights != other.weights:
         notes.append(f"weights: {wer.weights} against {other.weights}")
+    if _tuning(wer) != _tuning(other):
+        notes.append(f"tuned: {_tuning(wer)} against {_tuning(other)}")
     pretraining = total = updates = None
     one, two = system.cost, baseline.cost
     if one is None or two is None:
@@ -312,6 +330,14 @@ def _kinds(devices: Sequence[str]) -> set[str]:
 def _search(wer: Wer) -> str:
     scale = "" if wer.lm_scale is None else f" x {wer.lm_scale:g}"
     return wer.search if wer.lm is None else f"{wer.search}, {wer.lm}{scale}"
+
+
+def _tuning(wer: Wer) -> str:
+    """What was found for a system on other data, so that it may differ between two results that are compared."""
+    if wer.lm is None:
+        return ""
+    scores = "".join(_TUNED.findall(wer.search))
+    return f"language model x {UNKNOWN if wer.lm_scale is None else f'{wer.lm_scale:g}'}{scores}"
 
 
 def _rate(wer: Wer) -> str:

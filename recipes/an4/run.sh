@@ -5,8 +5,10 @@
 #
 #   bash recipes/an4/run.sh --corpus-dir an4 --audio-dir recordings,more --out exp/an4
 #
-# A stage whose result is there is skipped, an interrupted one goes on where it was. The last stage writes OUT/score/report.txt and wer.json.
+# A stage whose result is there is skipped, an interrupted one goes on where it was. The last stages write OUT/score/report.txt and wer.json,
+# and tables of error rates and cost, OUT/tables/report.md.
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../stages.sh"
 
 corpus_dir=data/an4  # the corpus as it is published: a folder with etc/ and flac/
 audio_dir=  # further folders of audio to pre-train on, separated by commas; transcripts are not used
@@ -27,9 +29,9 @@ recipe=$(dirname "$recipe_script")
 for part in pretrain finetune; do
     steps=${part}_steps averaged=${part}_averaged
     [ "${!averaged}" -ge 1 ] && [ "${!averaged}" -lt "${!steps}" ] ||
-        _refuse "--$part-averaged is ${!averaged}, at least 1 and less than --$part-steps, ${!steps}, is needed"
+        refuse "--$part-averaged is ${!averaged}, at least 1 and less than --$part-steps, ${!steps}, is needed"
 done
-$dry_run || [ -x "$python" ] || { log "there is no $python: run scripts/setup.sh first" && exit 1; }
+need_environment
 
 unlabelled=$corpus_dir/flac/an4_clstk${audio_dir:+,$audio_dir}
 pretrain_cuts=() pretrain_labels=()
@@ -38,52 +40,37 @@ for folder in "${folders[@]}"; do
     split=$(basename "$(realpath -ms -- "$folder")")
     pretrain_cuts+=("$out/mfcc/cuts/cuts_$split.jsonl.gz") pretrain_labels+=("$out/mfcc/labels/$split")
 done
-# checkpoints lie as many steps apart as are averaged, and the last two stay
-common_options=(--trainer.max-epochs 100000 --trainer.keep.keep-last 2 --data.num-workers "$num_workers" --seed "$seed" --device "$device"
-    --quiet "$quiet")
 systems=(ctc_scratch ctc_pretrained transducer_scratch transducer_pretrained)
 
-# Path of the checkpoint of run $1 after $2 steps, and of the one before it, where every $3 steps one was written.
-last_checkpoint() { printf '%s/checkpoints/step-%09d.pt' "$out/$1" "$2"; }
-earlier_checkpoint() { last_checkpoint "$1" "$((($2 - 1) / $3 * $3))"; }
-
 if in_stages 1 "cuts"; then
-    run "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus_dir" --out "$out/cuts"
+    run_extra "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus_dir" --out "$out/cuts"
 fi
 
 if in_stages 2 "tokenizer"; then
-    if [ -f "$out/letters.pt" ]; then
-        log "$out/letters.pt is there already"
-    else
-        run "$python" -m k2ssl.bin.train_tokenizer --cuts "$out/cuts/cuts_train.jsonl.gz" --kind letters --output "$out/letters.pt"
-    fi
+    need_file "$out/cuts/cuts_train.jsonl.gz" "manifest of the training audio" 1
+    make_tokenizer "$out/letters.pt" --cuts "$out/cuts/cuts_train.jsonl.gz" --kind letters
 fi
 
 if in_stages 3 "frame labels"; then
-    run bash "$recipe/../folder/label.sh" --audio-dir "$unlabelled" --out "$out/mfcc" --num-workers "$num_workers" --device "$device" \
-        --quiet "$quiet"
+    make_labels "$out/mfcc" --audio-dir "$unlabelled"
 fi
 
 if in_stages 4 "pre-training"; then
-    run "$python" -m k2ssl.bin.pretrain "$recipe/../folder/conf/zipformer_logmel.toml" --data.cuts "${pretrain_cuts[@]}" \
-        --data.labels "${pretrain_labels[@]}" --output "$out/pretrain" --trainer.max-steps "$pretrain_steps" \
-        --trainer.keep.save-every "$pretrain_averaged" "${common_options[@]}"
-    if [ -f "$out/pretrained.pt" ]; then
-        log "$out/pretrained.pt is there already"
-    else
-        run "$python" -m k2ssl.bin.average --start "$(earlier_checkpoint pretrain "$pretrain_steps" "$pretrain_averaged")" \
-            --end "$(last_checkpoint pretrain "$pretrain_steps")" --output "$out/pretrained.pt"
-    fi
+    for folder in "${pretrain_labels[@]}"; do need_file "$folder/contract.json" "frame labels" 3; done
+    pretrain pretrain "$recipe/../folder/conf/zipformer_logmel.toml" "$pretrain_steps" "$pretrain_averaged" \
+        --data.cuts "${pretrain_cuts[@]}" --data.labels "${pretrain_labels[@]}"
+    average "$out/pretrained.pt" pretrain "$pretrain_steps" "$pretrain_averaged"
 fi
 
 if in_stages 5 "fine-tuning"; then
+    need_file "$out/letters.pt" "tokenizer" 2
+    need_file "$out/pretrained.pt" "pre-trained model" 4
     for system in "${systems[@]}"; do
         init=()
         [[ $system == *_scratch ]] || init=(--init "$out/pretrained.pt" --init-batch-count "$init_batch_count")
-        run "$python" -m k2ssl.bin.finetune "$recipe/conf/finetune/${system%%_*}_letters.toml" --data.cuts "$out/cuts/cuts_train.jsonl.gz" \
-            --tokenizer "$out/letters.pt" "${init[@]}" --output "$out/$system" --trainer.max-steps "$finetune_steps" \
-            --schedule.lr-batches "$((finetune_steps / 2))" --schedule.warmup-batches "$((finetune_steps / 40))" \
-            --trainer.keep.save-every "$finetune_averaged" "${common_options[@]}"
+        finetune "$system" "$recipe/conf/finetune/${system%%_*}_letters.toml" "$finetune_steps" "$finetune_averaged" \
+            --data.cuts "$out/cuts/cuts_train.jsonl.gz" --tokenizer "$out/letters.pt" "${init[@]}" \
+            --schedule.lr-batches "$((finetune_steps / 2))" --schedule.warmup-batches "$((finetune_steps / 40))"
     done
 fi
 
@@ -98,12 +85,19 @@ if in_stages 6 "recognition"; then
         folder=$(dirname "$file")
         name=$(basename "$folder")
         system=${name%%-*}
-        run "$python" -m k2ssl.bin.decode "$(last_checkpoint "$system" "$finetune_steps")" --weights average \
-            --after "$(earlier_checkpoint "$system" "$finetune_steps" "$finetune_averaged")" --cuts "$out/cuts/cuts_test.jsonl.gz" --method "${name#*-}" \
-            --output "$folder" --device "$device" --quiet "$quiet"
+        model=$(last_checkpoint "$system" "$finetune_steps")
+        need_file "$model" "last checkpoint of $system" 5
+        decode "$folder" "$model" "${name#*-}" --cuts "$out/cuts/cuts_test.jsonl.gz" --weights average \
+            --after "$(earlier_checkpoint "$system" "$finetune_steps" "$finetune_averaged")"
     done
 fi
 
 if in_stages 7 "scores"; then
-    run "$python" -m k2ssl.bin.score "${hypotheses[@]}" --output "$out/score" --overwrite True
+    for file in "${hypotheses[@]}"; do need_file "$file" "recognised text" 6; done
+    score "$out/score" "${hypotheses[@]}"
+fi
+
+if in_stages 8 "tables"; then
+    need_file "$out/score/wer.json" "scores" 7
+    make_tables "$out/tables" "$out"
 fi

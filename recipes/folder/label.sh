@@ -6,11 +6,13 @@
 #       --num-clusters 500 --previous exp/mfcc100/labels
 #
 # --audio-dir takes several folders, separated by commas; each becomes a split named like the folder, with labels of its own, and the
-# centres are learned from all of them. A stage whose result is there is skipped, an interrupted one goes on where it was.
-# The results are OUT/cuts/cuts_SPLIT.jsonl.gz, OUT/kmeans.pt and OUT/labels/SPLIT, with quality.json and quality.png in it.
+# centres are learned from all of them. --cuts takes manifests that are there already instead, cuts_SPLIT.jsonl.gz, and stage 1 does nothing.
+# A stage whose result is there is skipped, an interrupted one goes on where it was. The results are OUT/cuts/cuts_SPLIT.jsonl.gz (of
+# folders), OUT/kmeans.pt and OUT/labels/SPLIT, with quality.json and quality.png in it.
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-audio_dir=  # folders of audio, separated by commas (required)
+audio_dir=  # folders of audio, separated by commas
+cuts=  # instead of --audio-dir: manifests, named cuts_SPLIT.jsonl.gz, separated by commas
 out=exp/labels  # folder for everything that is made
 features=mfcc  # mfcc, or layerN or stackN of the model that --checkpoint names
 checkpoint=  # model file, for features other than mfcc
@@ -20,7 +22,7 @@ previous=  # labels to compare with: a folder with a label store for each split
 alignments=  # phone alignments to compare with: a CTM file, or a folder of TextGrid files
 max_duration=200  # audio in a batch, seconds
 num_workers=2  # processes that decode audio
-num_processes=1  # processes that compute, for instance one per GPU
+num_processes=1  # another name of --ngpu
 device=auto  # auto, cpu, cuda
 quiet=False  # True: plain lines instead of progress bars
 seed=0  # of everything random
@@ -28,51 +30,60 @@ parse_options "$@"
 need_whole_numbers num_clusters max_batches num_workers num_processes seed
 
 recipe=$(dirname "$recipe_script")
-[ -n "$audio_dir" ] || _refuse "--audio-dir is missing"
+[ -n "$audio_dir$cuts" ] || refuse "--audio-dir is missing (or --cuts)"
+[ -z "$audio_dir" ] || [ -z "$cuts" ] || refuse "--audio-dir and --cuts are both given, one of them is needed"
 IFS=, read -r -a folders <<<"$audio_dir"
-splits=() manifests=()
+IFS=, read -r -a manifests <<<"$cuts"
+splits=()
 for folder in "${folders[@]}"; do
     split=$(basename "$(realpath -ms -- "$folder")") # the real name of `.`, but of a link its own
-    [ "$split" != / ] || _refuse "--audio-dir is $folder, which has no name; name a folder below it"
-    [[ " ${splits[*]-} " != *" $split "* ]] || _refuse "--audio-dir names two folders called $split"
+    [ "$split" != / ] || refuse "--audio-dir is $folder, which has no name; name a folder below it"
+    [[ " ${splits[*]-} " != *" $split "* ]] || refuse "--audio-dir names two folders called $split"
     splits+=("$split") manifests+=("$out/cuts/cuts_$split.jsonl.gz")
 done
+if [ -n "$cuts" ]; then
+    for manifest in "${manifests[@]}"; do
+        [[ $(basename "$manifest") =~ ^cuts_(.+)\.jsonl\.gz$ ]] || refuse "--cuts is $manifest, a file named cuts_SPLIT.jsonl.gz is needed"
+        split=${BASH_REMATCH[1]}
+        [[ " ${splits[*]-} " != *" $split "* ]] || refuse "--cuts names two manifests called cuts_$split.jsonl.gz"
+        splits+=("$split")
+    done
+fi
 
 case $features in
 mfcc)
-    [ -z "$checkpoint" ] || _refuse "--checkpoint is of no use with --features mfcc"
+    [ -z "$checkpoint" ] || refuse "--checkpoint is of no use with --features mfcc"
     feature_options=(--features.kind mfcc)
     ;;
 layer[1-9]* | stack[1-9]*)
-    [ -n "$checkpoint" ] || _refuse "--features $features needs --checkpoint"
+    [ -n "$checkpoint" ] || refuse "--features $features needs --checkpoint"
     feature_options=(--features.kind hidden --features.checkpoint "$checkpoint" "--features.${features:0:5}" "${features:5}")
     ;;
-*) _refuse "--features is $features; mfcc, layerN and stackN are known" ;;
+*) refuse "--features is $features; mfcc, layerN and stackN are known" ;;
 esac
 
-$dry_run || [ -x "$python" ] || { log "there is no $python: run scripts/setup.sh first" && exit 1; }
-if [ "$num_processes" = 1 ]; then
-    program=("$python" -m)
-else
-    program=("$python" -m torch.distributed.run --standalone --nproc-per-node "$num_processes" -m)
-fi
+need_environment
+[ "$num_processes" = 1 ] || ngpu=$num_processes
 common_options=(--loader.max-duration "$max_duration" --loader.num-workers "$num_workers" --device "$device" --quiet "$quiet")
 
 if in_stages 1 "cuts"; then
+    [ -z "$cuts" ] || log "the manifests are there: $cuts"
     for i in "${!folders[@]}"; do
-        run "$python" "$recipe/prepare_cuts.py" --audio-dir "${folders[i]}" --split "${splits[i]}" --out "$out/cuts"
+        run_extra "$python" "$recipe/prepare_cuts.py" --audio-dir "${folders[i]}" --split "${splits[i]}" --out "$out/cuts"
     done
 fi
 
 if in_stages 2 "k-means over $features"; then
-    run "${program[@]}" k2ssl.bin.fit_kmeans --cuts "${manifests[@]}" --output "$out/kmeans.pt" --skip-finished True "${feature_options[@]}" \
+    [ -n "$cuts" ] || for manifest in "${manifests[@]}"; do need_file "$manifest" "manifest of the audio" 1; done
+    launch k2ssl.bin.fit_kmeans --cuts "${manifests[@]}" --output "$out/kmeans.pt" --skip-finished True "${feature_options[@]}" \
         --kmeans.num-clusters "$num_clusters" --kmeans.max-batches "$max_batches" --kmeans.seed "$seed" "${common_options[@]}"
 fi
 
 if in_stages 3 "labels and report"; then
-    for split in "${splits[@]}"; do
-        run "${program[@]}" k2ssl.bin.label --kmeans "$out/kmeans.pt" --cuts "$out/cuts/cuts_$split.jsonl.gz" --output "$out/labels/$split" \
-            ${checkpoint:+--checkpoint "$checkpoint"} ${previous:+--compare.previous "$previous/$split"} \
+    need_file "$out/kmeans.pt" "k-means centres" 2
+    for i in "${!splits[@]}"; do
+        launch k2ssl.bin.label --kmeans "$out/kmeans.pt" --cuts "${manifests[i]}" --output "$out/labels/${splits[i]}" \
+            ${checkpoint:+--checkpoint "$checkpoint"} ${previous:+--compare.previous "$previous/${splits[i]}"} \
             ${alignments:+--compare.alignments "$alignments"} "${common_options[@]}"
     done
 fi

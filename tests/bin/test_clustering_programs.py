@@ -314,18 +314,18 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
     "k-means that is not there": (lambda c, t: assign(c, t / "l", kmeans=t / "none.pt"), 2, "none.pt: there is no such file"),
     "k-means that is none": (
         lambda c, t: assign(c, t / "l", kmeans=text_file(t)),
-        1,
+        2,
         "text.pt: a k2ssl-kmeans file is needed, this one is text: 'hello'",
     ),
-    "a model for k-means": (lambda c, t: assign(c, t / "l", kmeans=c.model), 1, "format is 'k2ssl-model', 'k2ssl-kmeans' is needed"),
+    "a model for k-means": (lambda c, t: assign(c, t / "l", kmeans=c.model), 2, "format is 'k2ssl-model', 'k2ssl-kmeans' is needed"),
     "k-means of unknown features": (
         lambda c, t: assign(c, t / "l", kmeans=other_centres(t, "")),
-        1,
+        2,
         "other.km was fitted to features that it does not name",
     ),
     "k-means of another dimension": (
         lambda c, t: assign(c, t / "l", kmeans=other_centres(t, "mfcc")),
-        1,
+        2,
         "k-means centres have 7 dimensions, the features (mfcc) 39",
     ),
     "a checkpoint for MFCC": (lambda c, t: assign(c, t / "l", "--checkpoint", str(c.model)), 2, "was fitted to MFCC, which need none"),
@@ -337,7 +337,7 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
     ),
     "another checkpoint": (
         lambda c, t: assign(c, t / "l", "--checkpoint", other_model(t), kmeans=c.hidden),
-        1,
+        2,
         "other.pt is not the checkpoint that",
     ),
     "labels of another run": (
@@ -345,9 +345,9 @@ REFUSALS: dict[str, tuple[Callable[[Corpus, Path], int], int, str]] = {
         1,
         "was begun with another set-up",
     ),
-    "a folder of other files": (lambda c, t: assign(c, folder_with_a_file(t)), 1, "home holds other files and no labels"),
-    "an output that is a file": (lambda c, t: assign(c, text_file(t)), 1, "text.pt: cannot write into this folder"),
-    "previous labels that are none": (lambda c, t: assign(c, t / "l", "--compare.previous", str(t)), 1, "is no finished label store"),
+    "a folder of other files": (lambda c, t: assign(c, folder_with_a_file(t)), 2, "home holds other files and no labels"),
+    "an output that is a file": (lambda c, t: assign(c, text_file(t)), 2, "text.pt: cannot write into this folder"),
+    "previous labels that are none": (lambda c, t: assign(c, t / "l", "--compare.previous", str(t)), 2, "is no finished label store"),
     "a report without labels": (
         lambda c, t: label_report.main(["--labels", str(t / "l"), "--output", str(t / "r.json")]),
         2,
@@ -427,7 +427,7 @@ def test_overwriting_labels_begins_only_when_everything_else_is_right(
     assert assign(corpus, output) == 0
     before = contents(output)
     for previous in (tmp_path / "nothere", output):
-        assert assign(corpus, output, "--overwrite", "True", "--compare.previous", str(previous)) == 1
+        assert assign(corpus, output, "--overwrite", "True", "--compare.previous", str(previous)) == 2
         assert contents(output) == before
     assert "the very labels that overwrite would remove" in capsys.readouterr().err
     assert assign(corpus, output, "--overwrite", "True") == 0

@@ -47,7 +47,7 @@ def test_one_command_makes_all_tables_and_pictures(world: Any, capsys: pytest.Ca
             word[key] for key in ("rate", "low", "high", "errors", "reference")
         ]
     assert float(rows(Path("tables/cost.csv"))["ssl"]["total_cpu_hours"]) == pytest.approx(0.38)
-    for text in ("11.11", "33.33", "66.7 %", "0.26x", "0.38 CPU-h"):  # (3 - 1) / 3, and 0.1 h / 0.38 h
+    for text in ("11.11", "33.33", "66.7 %", "0.26x", "0.380 CPU-h"):  # (3 - 1) / 3, and 0.1 h / 0.38 h
         assert text in told and text in Path("tables/report.md").read_text()
     assert Path("tables/report.md").read_text().startswith("# My title\n") and "My title" in Path("tables/report.html").read_text()
 
@@ -58,6 +58,14 @@ def test_cards_get_their_error_rates_unless_they_are_only_read(world: Any) -> No
     assert main(["out", "--output", "tables", "--overwrite", "True"]) == 0
     card = read_card(world.out / "ssl/card.json")
     assert [(wer.errors, wer.words) for wer in card.results] == [(1, 9)] and card.usage.cpu_hours == 0.05
+
+
+def test_several_baselines_have_tables_of_their_own(world: Any) -> None:
+    assert main(["out", "--output", "tables", "--baseline", "scratch", "ssl"]) == 0
+    text, tex = Path("tables/report.md").read_text(), Path("tables/tables.tex").read_text()
+    for name, reduction in (("scratch", "66.7 %"), ("ssl", "-200.0 %")):
+        assert reduction in text.partition(f"## Against {name}, without a language model")[2].partition("\n## ")[0]
+    assert tex.count(r"\label{tab:compared-no-lm}") == tex.count(r"\label{tab:compared-no-lm-2}") == 1
 
 
 def test_a_second_report_is_the_same(world: Any) -> None:

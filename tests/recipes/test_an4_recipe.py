@@ -10,19 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from k2ssl.bin import average, decode, finetune, pretrain, score, train_tokenizer
-from k2ssl.bin.decode_arguments import with_names
-from k2ssl.config import load
+from k2ssl.bin.pretrain import Pretrain
+from tests.command_lines import check
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "an4" / "run.sh"
-CONFIGURATIONS = {
-    "k2ssl.bin.train_tokenizer": train_tokenizer.TrainTokenizer,
-    "k2ssl.bin.pretrain": pretrain.Pretrain,
-    "k2ssl.bin.average": average.Average,
-    "k2ssl.bin.finetune": finetune.Finetune,
-    "k2ssl.bin.decode": decode.Decode,
-    "k2ssl.bin.score": score.ScoreJob,
-}
+PROGRAMS = {"train_tokenizer", "pretrain", "average", "finetune", "decode", "score", "report"}
 
 
 def recipe(*options: str | Path) -> subprocess.CompletedProcess[str]:
@@ -38,15 +30,9 @@ def commands(*options: str | Path) -> list[list[str]]:
 
 def test_every_program_understands_the_options_that_it_is_given(tmp_path: Path) -> None:
     shown = commands("--corpus-dir", "an4", "--audio-dir", "some/books,more", "--out", tmp_path / "my exp", "--device", "cpu")
-    programs = [(words[2], words[3:]) for words in shown if words[1] == "-m"]
-    assert {name for name, _ in programs} == set(CONFIGURATIONS)
-    for name, arguments in programs:
-        if name == "k2ssl.bin.decode":
-            arguments = with_names(arguments, "checkpoints", "checkpoints")
-        if name == "k2ssl.bin.score":
-            arguments = with_names(arguments, "hypotheses", "hypotheses")
-        load(CONFIGURATIONS[name], arguments)
-    (pre,) = [load(pretrain.Pretrain, arguments) for name, arguments in programs if name == "k2ssl.bin.pretrain"]
+    read = [check(words) for words in shown]
+    assert {words[2] for words in shown if words[1] == "-m"} == {f"k2ssl.bin.{name}" for name in PROGRAMS}
+    (pre,) = [settings for settings in read if isinstance(settings, Pretrain)]
     assert [Path(path).name for path in pre.data.labels] == ["an4_clstk", "books", "more"]
     assert len(pre.data.cuts) == 3 and pre.device == "cpu"
 
@@ -94,3 +80,9 @@ def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> No
 def test_a_missing_corpus_is_named(tmp_path: Path) -> None:
     done = recipe("--corpus-dir", tmp_path / "none", "--out", tmp_path / "exp", "--stop-stage", "1")
     assert done.returncode != 0 and str(tmp_path / "none") in done.stderr
+
+
+def test_a_stage_without_its_inputs_names_the_stage_that_makes_them(tmp_path: Path) -> None:
+    for stage, missing, maker in ((4, "contract.json (frame labels)", 3), (5, "letters.pt (tokenizer)", 2), (8, "wer.json (scores)", 7)):
+        done = recipe("--out", tmp_path, "--stage", str(stage))
+        assert done.returncode == 1 and f"{missing} is missing; stage {maker} makes it" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,9 @@ def test_a_dry_run_shows_every_command_and_does_nothing(tmp_path: Path) -> None:
         (["--audio-dir", "a/x,b/x"], "two folders called x"),
         (["--audio-dir", "./a,../recordings/a"], "two folders called a"),
         (["--audio-dir", "/"], "--audio-dir is /, which has no name"),
+        (["--audio-dir", "a", "--cuts", "cuts_a.jsonl.gz"], "--audio-dir and --cuts are both given"),
+        (["--cuts", "train.jsonl.gz"], "--cuts is train.jsonl.gz, a file named cuts_SPLIT.jsonl.gz"),
+        (["--cuts", "x/cuts_a.jsonl.gz,y/cuts_a.jsonl.gz"], "two manifests called cuts_a.jsonl.gz"),
         (["--audio-dir", "a", "--features", "layer6"], "needs --checkpoint"),
         (["--audio-dir", "a", "--features", "fbank"], "mfcc, layerN and stackN are known"),
         (["--audio-dir", "a", "--checkpoint", "m.pt"], "of no use with --features mfcc"),
@@ -98,6 +102,22 @@ def test_a_split_has_the_name_of_its_folder_however_that_is_given(tmp_path: Path
     done = label("--audio-dir", given, "--out", tmp_path / "exp", "--dry-run", folder=folder)
     assert done.returncode == 0, done.stderr
     assert f"--split {split} " in done.stdout and f"/cuts_{split}.jsonl.gz" in done.stdout and f"/labels/{split} " in done.stdout
+
+
+def test_manifests_that_are_there_take_the_place_of_folders(tmp_path: Path) -> None:
+    manifests = [tmp_path / "one" / "cuts_train-x.jsonl.gz", tmp_path / "two" / "cuts_dev.jsonl.gz"]
+    done = label("--cuts", ",".join(map(str, manifests)), "--out", tmp_path / "exp", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    kmeans, *stores = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert kmeans[kmeans.index("--cuts") + 1 :][:2] == [str(path) for path in manifests]
+    found = [(words[words.index("--cuts") + 1], words[words.index("--output") + 1]) for words in stores]
+    assert found == [(str(path), str(tmp_path / "exp/labels" / split)) for path, split in zip(manifests, ("train-x", "dev"), strict=True)]
+
+
+def test_a_stage_without_its_inputs_names_the_stage_that_makes_them(tmp_path: Path) -> None:
+    for stage, missing in ((2, "cuts_a.jsonl.gz (manifest of the audio)"), (3, "kmeans.pt (k-means centres)")):
+        done = label("--audio-dir", "a", "--out", tmp_path, "--stage", str(stage))
+        assert done.returncode == 1 and f"{missing} is missing; stage {stage - 1} makes it" in done.stderr
 
 
 def test_without_an_environment_it_says_what_to_do(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import k2ssl
+from k2ssl.report import card as card_module
 from k2ssl.report.card import CARD, Wer, begin_card, card_of, finish_card, read_card, updates_of, write_card
-from k2ssl.report.origin import code_version, git_state, read_json
+from k2ssl.report.origin import Code, code_version, git_state, read_json
 
 
 def begun(world: Any, name: str = "ssl") -> Path:
@@ -77,7 +78,27 @@ def test_a_run_that_goes_on_keeps_the_origin_of_a_model_that_is_gone(world: Any)
     assert before.init is not None and before.init.sha256 is not None
 
 
-def test_a_run_that_goes_on_keeps_its_error_rates(world: Any) -> None:
+def test_a_run_that_goes_on_keeps_the_origin_of_a_model_that_was_replaced(world: Any) -> None:
+    before = read_card(begun(world) / CARD)
+    (world.out / "pretrained.pt").write_bytes(b"averaged again")
+    assert read_card(begun(world) / CARD).init == before.init
+    shutil.rmtree(world.out / "ssl/checkpoints")  # now the run begins anew
+    assert read_card(begun(world) / CARD).init != before.init
+
+
+def test_paths_of_the_machine_are_not_in_the_command(world: Any) -> None:
+    folder = world.out / "ssl"
+    begin_card(folder, "finetune", {}, ["/env/bin/python", "-m", "x", str(world.base / "conf/a.toml"), "/data/b.toml"], 1)
+    assert read_card(folder / CARD).command == ("python", "-m", "x", "conf/a.toml", "/data/b.toml")
+
+
+def test_settings_without_bounds_are_told_as_text(world: Any) -> None:
+    begin_card(world.out / "ssl", "finetune", {"data": {"max_seconds": float("inf"), "min_seconds": 1.0}}, ["x"], 1)
+    assert read_card(world.out / "ssl" / CARD).settings == {"data": {"max_seconds": "Infinity", "min_seconds": 1.0}}
+
+
+def with_result(world: Any) -> Wer:
+    """A begun card of `ssl` gets an error rate."""
     folder = begun(world)
     counts = {"errors": 1, "substitutions": 1, "insertions": 0, "deletions": 0, "words": 9, "utterances": 3}
     about = {
@@ -93,9 +114,31 @@ def test_a_run_that_goes_on_keeps_its_error_rates(world: Any) -> None:
     rates = {"wer": 1 / 9, "low": None, "high": None, "audio_seconds": 6.0, "real_time_factor": None, "device": "1 x cpu", "decoding": "x"}
     wer = Wer(**about, **counts, **rates)  # type: ignore[arg-type]
     write_card(folder, dataclasses.replace(read_card(folder / CARD), results=(wer,)))
-    assert read_card(begun(world) / CARD).results == (wer,)
+    return wer
+
+
+def test_a_finished_run_that_is_started_again_keeps_its_card(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wer, folder = with_result(world), world.out / "ssl"
+    before = read_card(folder / CARD)
+    monkeypatch.setattr(card_module, "code_version", lambda: Code("9.9", None, None, None, None))
+    begin_card(folder, "finetune", read_json(folder / "settings.json"), ["python", "again"], 1234)
     finish_card(folder)
-    assert read_card(folder / CARD).results == (wer,)
+    assert read_card(folder / CARD) == before and before.results == (wer,)
+
+
+def test_a_run_that_goes_on_has_no_error_rates_yet_and_the_code_of_now(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_result(world)
+    monkeypatch.setattr(card_module, "code_version", lambda: Code("9.9", None, None, None, None))
+    folder = world.out / "ssl"
+    settings = read_json(folder / "settings.json")
+    begin_card(folder, "finetune", {**settings, "longer": True}, ["python", "longer"], 1234)
+    card = read_card(folder / CARD)
+    assert card.results == () and card.command == ("python", "longer") and card.code.k2ssl == "9.9"
+    with_result(world)
+    world.ledger("out/ssl", {"program": "finetune", "status": "running"})  # killed
+    begin_card(folder, "finetune", settings, ["python", "on"], 1234)
+    card = read_card(folder / CARD)
+    assert card.results == () and card.command == ("python", "on")
 
 
 def test_a_damaged_card_is_replaced_with_a_warning(world: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,6 +103,6 @@ def test_a_run_that_began_with_itself_ends(world: Any) -> None:
 
 def test_the_way_is_told_in_words(world: Any) -> None:
     lines = chain(world, "ssl").steps_text
-    assert lines[0] == "ssl: finetune from raw weights of out/pretrained.pt, on out/cuts/cuts_train.jsonl.gz (2.50 h)"
+    assert lines[0] == "ssl: finetune from out/pretrained.pt, on out/cuts/cuts_train.jsonl.gz (2.50 h)"
     assert lines[1].startswith("pretrain: pretrain from drawn weights")
     assert lines[2] == "labels train: 100 classes of mfcc, k-means kkkkkkkkkkkk" and Path("out").is_dir()

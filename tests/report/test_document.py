@@ -30,7 +30,7 @@ def test_a_web_page_holds_its_pictures_and_takes_no_text_for_markup() -> None:
 
 def test_latex_holds_the_tables_with_every_sign_escaped() -> None:
     text = latex([Heading("Title & more"), Text("left out"), TABLE])
-    assert r"a\_b|c*d <b>\&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} & 1 \\" in text
+    assert r"a\_b\textbar{}c*d \textless{}b\textgreater{}\&\%\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{} & 1 \\" in text
     assert r"\caption{Title \& more. a note\_}" in text and r"\begin{tabular}{ll}" in text and "left out" not in text
     assert text.count("{") == text.count("}") and r"\label{tab:name}" in text
     assert r"$\geq$ 3" in latex([Table("t", ("≥ 3",), ())])
@@ -40,6 +40,19 @@ def test_columns_of_a_terminal_stand_below_each_other() -> None:
     assert plain(Table("t", ("System", "WER"), (("longer name", "1"), ("x", "22")), ("note",))) == (
         "System       WER\nlonger name  1\nx            22\nnote"
     )
+
+
+def test_a_table_that_is_too_wide_is_broken_between_words() -> None:
+    table = Table("t", ("System", "What it is", "WER"), (("a", "one two three four", "1"), ("name-with-hyphens", "x", "")))
+    assert plain(table, 34) == (
+        "System             What it is  WER\na                  one two     1\n                   three four\nname-with-hyphens  x"
+    )
+    assert plain(table, 10).count("\n") == 6 and "name-with-hyphens" in plain(table, 10)  # no word is broken
+    assert plain(table, 200) == plain(table)
+
+
+def test_the_name_of_a_picture_is_a_link_whatever_is_in_it() -> None:
+    assert markdown([Picture("labels_a b(1).png", "c")]) == "![c](labels_a%20b%281%29.png)\n"
 
 
 def test_csv_is_read_back() -> None:

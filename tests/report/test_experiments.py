@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +77,64 @@ def test_a_score_of_an_earlier_decoding_is_named_and_passed_over(world: Any) -> 
     assert len(found.remarks) == 1 and "wer.json" in found.remarks[0] and "1 errors" in found.remarks[0]
 
 
+def test_a_score_by_another_rule_of_an_earlier_decoding_is_passed_over_too(world: Any) -> None:
+    assert score(["out/decode/ssl-greedy/hypotheses.jsonl", "--casing", "lower", "--output", "out/score"]) == 0
+    world.decoding("ssl-greedy", "ssl", ["a b c d"], ["x y c d"])
+    found = look(world)
+    assert [wer.rule for wer in found.runs[world.out / "ssl"].card.results] == ["as-is, nfc"]
+    assert "counts 9 words" in found.remarks[0]
+
+
+def test_a_score_without_counts_is_named_and_the_decoding_stays(world: Any) -> None:
+    world.write("out/score/wer.json", {"format": "k2ssl-wer", "version": 1, "files": [{"path": "out/decode/ssl-greedy/hypotheses.jsonl"}]})
+    found = look(world)
+    assert names(found)["ssl"] == ["ssl-greedy"] and "wer.json: damaged" in found.remarks[0]
+
+
+def test_a_score_is_of_the_decoding_beside_it_and_not_of_one_of_that_name_here(world: Any) -> None:
+    assert score(["out/decode/ssl-greedy/hypotheses.jsonl", "--casing", "lower", "--output", "out/score"]) == 0
+    shutil.copytree(world.out, world.base / "copy/out")
+    (wer,) = look(world, "copy/out").runs[world.base / "copy/out/ssl"].card.results
+    assert wer.rule == "lower, nfc"
+
+
+def test_what_is_published_does_not_say_where_the_folder_lies(world: Any) -> None:
+    (world.out / "decode/scratch-greedy/decode.json").write_text("{")
+    found = look(world, str(world.out))
+    (wer,) = found.runs[world.out / "ssl"].card.results
+    assert wer.decoding == "out/decode/ssl-greedy" and found.remarks[0].startswith("out/decode/scratch-greedy/decode.json")
+
+
+def test_a_switch_is_told_by_its_name_where_it_is_on(world: Any) -> None:
+    for name, on in (("on", True), ("off", False)):
+        world.decoding(name, "ssl", ["a"], ["b"], what={"search": {"beam": 4, "lm_final": on}})
+    found = {Path(wer.decoding).name: wer.search for wer in look(world).runs[world.out / "ssl"].card.results}
+    assert found["on"] == "greedy, beam 4, lm final" and found["off"] == "greedy, beam 4"
+
+
 def test_an_average_is_of_the_run_that_it_names(world: Any) -> None:
     world.model("out/ssl_average.pt", "out/ssl")
     world.decoding("averaged", "ssl", ["a"], ["b"], checkpoint="out/ssl_average.pt")
     found = look(world)
     assert names(found)["ssl"] == ["averaged", "ssl-greedy"]
-    assert found.runs[world.out / "ssl"].card.results[0].weights == "raw weights of ssl_average.pt"
+    assert [wer.weights for wer in found.runs[world.out / "ssl"].card.results] == ["as in ssl_average.pt", "raw weights at step 50"]
+
+
+def test_checkpoints_are_told_by_their_steps(world: Any) -> None:
+    paths = [f"out/ssl/checkpoints/step-0000000{step}.pt" for step in (50, 40, 30)]
+    for path in paths[1:]:
+        world.model(path, "out/ssl")
+    world.decoding("earlier", "ssl", ["a"], ["b"], checkpoint=paths[1])
+    folder = world.decoding("mean", "ssl", ["a"], ["b"], settings={"checkpoints": paths})
+    record = json.loads((folder / "decode.json").read_text())
+    record["what"] |= {
+        "weights": "mean of the raw weights of 3 checkpoints",
+        "checkpoints": [hashlib.sha256((world.base / path).read_bytes()).hexdigest() for path in paths],
+    }
+    (folder / "decode.json").write_text(json.dumps(record))
+    weights = {Path(wer.decoding).name: wer.weights for wer in look(world).runs[world.out / "ssl"].card.results}
+    assert weights["earlier"] == "raw weights at step 40"
+    assert weights["mean"] == "mean of the raw weights of 3 checkpoints, steps 30 to 50"
 
 
 def test_a_checkpoint_elsewhere_is_recognised_by_its_hash(world: Any, tmp_path: Path) -> None:
@@ -137,14 +191,22 @@ def test_damaged_and_unfinished_files_are_named_and_passed_over(world: Any) -> N
     world.decoding("silent", "ssl", ["a"], ["b"], result={"utterances": 3})
     (world.out / "scratch/settings.json").write_text("no JSON")
     world.write("out/score/wer.json", {"format": "else"})
+    world.write("out/score/two/wer.json", {"format": "k2ssl-wer", "version": 1, "files": [3]})
+    world.decoding("typed", "ssl", ["a"], ["b"], result={"wer": "much", "words": {}})
+    folder = world.decoding("endless", "ssl", ["a"], ["b"])
+    (folder / "decode.json").write_text((folder / "decode.json").read_text().replace('"audio_seconds": 6.0', '"audio_seconds": NaN'))
+    folder = world.decoding("nobody", "ssl", ["a"], ["b"], what={"checkpoints": None})
     found = look(world)
     remarks = "\n".join(found.remarks)
-    assert names(found) == {"pretrain": [], "ssl": []}
+    assert names(found) == {"pretrain": [], "ssl": []} and "nobody" in [Path(wer.decoding).name for wer in found.orphans]
     for text in (
         "ssl-greedy/decode.json: damaged",
         "running: this decoding is not finished",
         "partly/decode.json: damaged",
         "no error rate",
+        "score/two/wer.json: damaged",
+        "typed/decode.json: damaged",
+        "endless/decode.json: damaged",
     ):
         assert text in remarks
     assert "scratch/settings.json: damaged" in remarks and "wer.json: damaged" in remarks

@@ -27,6 +27,12 @@ def test_reconstructed_numbers_follow_from_the_others() -> None:
     assert made == round(quoted * (1 - 0.324), 1)
 
 
+def test_hours_of_other_gpus_are_told_by_others() -> None:
+    rows = [row for row in read_references(FILE) if any("H100" in name or "A100" in name for name in row.numbers)]
+    assert sorted(hours for row in rows for hours in row.numbers.values()) == [192, 240, 385]
+    assert {row.tag for row in rows} == {"third-party"}
+
+
 def test_a_table_shows_the_tag_and_what_is_not_told(tmp_path: Path) -> None:
     file = tmp_path / "rows.toml"
     file.write_text(ROW)

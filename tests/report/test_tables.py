@@ -121,9 +121,35 @@ def test_results_under_other_conditions_are_not_compared(changes: dict[str, Any]
     assert only(compare([system("base", wer(40, **changes)), system("other", wer(20, **changes))], "base")).reduction == 0.5
 
 
-def test_another_language_model_or_weight_is_not_compared() -> None:
-    for changes in ({**LM, "files": {"search.lm": "m"}}, {**LM, "lm_scale": 0.6}):
-        assert compare([system("base", wer(40, **LM)), system("other", wer(20, **changes))], "base") == []
+def test_another_language_model_is_not_compared() -> None:
+    other = {**LM, "files": {"search.lm": "m"}}
+    assert compare([system("base", wer(40, **LM)), system("other", wer(20, **other))], "base") == []
+
+
+def test_scales_that_each_system_has_of_its_own_are_compared_with_a_remark() -> None:
+    tuned = {**LM, "lm_scale": 0.6, "search": "prefix-beam, beam 4, token score -0.5"}
+    base = system("base", wer(40, **{**LM, "search": "prefix-beam, beam 4"}))
+    found = only(compare([base, system("other", wer(20, **tuned))], "base"))
+    assert found.reduction == 0.5
+    assert found.notes == ("tuned: language model x 0.6, token score -0.5 against language model x 0.5",)
+    assert compare([base, system("other", wer(20, **{**tuned, "search": "prefix-beam, beam 8, token score -0.5"}))], "base") == []
+    several = system("base", wer(40, **tuned), wer(30, **{**tuned, "lm_scale": 0.5}))
+    assert only(compare([several, system("other", wer(20, **tuned))], "base")).reduction == 0.5
+    unsure = only(compare([several, system("other", wer(20, **{**tuned, "lm_scale": 0.1}))], "base"))
+    assert unsure.reduction is None and "2 results" in unsure.notes[0]
+
+
+def test_without_a_language_model_scores_are_part_of_the_search() -> None:
+    scored = wer(20, search="greedy, token score 0.5")
+    assert compare([system("base", wer(40)), system("other", scored)], "base") == []
+
+
+def test_rows_of_other_rules_and_of_other_models_of_one_name_stand_apart() -> None:
+    one = system("one", wer(20, **LM), wer(30, **{**LM, "files": {"search.lm": "mmmmmmmm"}}))
+    assert [row[1] for row in wer_tables([one])[True].rows] == ["greedy, words.arpa x 0.5 [l]", "greedy, words.arpa x 0.5 [mmmmmm]"]
+    two = system("two", wer(), wer(10, rule="lower, nfc", test_set="other", cuts="9:bb"))
+    rows = wer_tables([two])[False].rows
+    assert [row[1] for row in rows] == ["greedy (as-is, nfc)", "greedy (lower, nfc)"] and rows[0][4] == rows[1][3] == "-"
 
 
 @pytest.mark.parametrize(
@@ -191,10 +217,10 @@ def test_the_cost_table_tells_parts_and_marks_what_is_not_known() -> None:
         "4 x Big",
         "50",
         "7.00 h",
-        "0.25 CPU-h",
+        "0.250 CPU-h",
         "2.00 GPU-h",
         "1.00 GPU-h",
-        "3.00 GPU-h + 0.25 CPU-h",
+        "3.00 GPU-h + 0.250 CPU-h",
         "2.00 GiB GPU, 1.00 GiB",
     )
     assert table.rows[0] == row and len(table.rows) == 2

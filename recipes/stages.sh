@@ -1,0 +1,164 @@
+# shellcheck shell=bash
+# Stages that recipes have in common, as functions; sourced after common.sh. Each skips what is finished and goes on with what was interrupted.
+#
+#   pretrain base conf/zipformer_base.toml "$steps" 20000 --data.cuts "$cuts" --data.labels "$labels"
+#   average "$out/base.pt" base "$steps" 20000
+#
+# They read the recipe's options out, seed, device, num_workers and quiet. Further arguments are flags of the program.
+# A run is a name: its folder is OUT/RUN. CONF is a configuration file, or several separated by commas, of which later ones count more.
+# STEPS are its updates, or nothing where the configuration says how long it is. AVERAGED are the last updates over which weights are
+# averaged: checkpoints lie as many apart, and the last two stay.
+# shellcheck disable=SC2154
+
+# make_tokenizer FILE FLAG...: a tokenizer from transcripts.
+make_tokenizer() {
+    local _file=$1
+    shift
+    if is_made "$_file" "$@" ${extra[@]+"${extra[@]}"}; then
+        [ ! -f "$_file.made" ] || _used_extra=true # it was made with these flags
+        return
+    fi
+    run_extra "$python" -m k2ssl.bin.train_tokenizer --output "$_file" "$@"
+    now_made "$_file" "$@" ${extra[@]+"${extra[@]}"}
+}
+
+# make_labels FOLDER OPTION...: FOLDER/kmeans.pt and FOLDER/labels/SPLIT by folder/label.sh, whose options these are.
+make_labels() {
+    local _folder=$1 _part
+    shift
+    local _label=(bash "$repository/recipes/folder/label.sh" --out "$_folder" --num-workers "$num_workers" --device "$device" --quiet "$quiet"
+        --ngpu "$ngpu")
+    if [ "$nnodes" = 1 ]; then
+        run_extra "${_label[@]}" "$@"
+        return
+    fi
+    for _part in 1 2 3; do # one after the other, since machines wait for each other in `launch` alone
+        _used_extra=true
+        _run "${_label[@]}" "$@" ${extra[@]+"${extra[@]}"} --nnodes "$nnodes" --stage $_part --stop-stage $_part
+    done
+}
+
+# pretrain RUN CONF STEPS AVERAGED FLAG...
+pretrain() { _train pretrain "$@"; }
+
+# finetune RUN CONF STEPS AVERAGED FLAG...
+finetune() { _train finetune "$@"; }
+
+_train() {
+    local _program=$1 _run=$2 _confs=() _steps=$4 _averaged=$5 _length=()
+    IFS=, read -r -a _confs <<<"$3"
+    # kept for good: the checkpoint behind which the average begins, as one that an interruption makes may follow it
+    local _keep=$_averaged
+    if [ -n "$_steps" ]; then
+        _check_averaged "$_run" "$_steps" "$_averaged"
+        _length=(--trainer.max-steps "$_steps" --trainer.max-epochs 100000)
+        _keep=$(_average_begins "$_steps" "$_averaged")
+    fi
+    shift 5
+    local _trains=true # or only measures something
+    [[ ! " ${extra[*]-} " =~ " --"(estimate|tune|diagnose)" " ]] || _trains=false
+    $dry_run || ! $_trains || rm -f "$out/$_run/finished"
+    launch "k2ssl.bin.$_program" "${_confs[@]}" --output "$out/$_run" ${_length[@]+"${_length[@]}"} --trainer.keep.save-every "$_averaged" \
+        --trainer.keep.keep-every "$_keep" --trainer.keep.keep-last 2 --data.num-workers "$num_workers" --seed "$seed" --device "$device" \
+        --quiet "$quiet" "$@"
+    $dry_run || ! $_trains || touch "$out/$_run/finished"
+}
+
+_check_averaged() {
+    [ "$3" -ge 1 ] && [ "$3" -lt "$2" ] || refuse "$1: weights are to be averaged over the last $3 of $2 updates, at least 1 and less than all are needed"
+}
+
+# average FILE RUN STEPS AVERAGED: the mean of the weights over the last updates as a model file; anew where the run has gone on since, or
+# the mean is to be taken over other updates.
+average() {
+    local _file=$1 _end _start _flags=()
+    _start=$(earlier_checkpoint "$2" "$3" "$4")
+    _end=$(last_checkpoint "$2" "$3")
+    if ! $dry_run; then
+        [ -f "$_end" ] && [ -f "$out/$2/finished" ] || _fail "$out/$2: this run has not come to its end: give the command of its stage again"
+        [ -f "$_start" ] || _fail "$_start is missing, the checkpoint with which the range to average begins"
+        if [ -f "$_file" ] && { [ "$_end" -nt "$_file" ] || ! _made_with "$_file" "$_start" "$_end"; }; then
+            _flags=(--overwrite True)
+        fi
+    fi
+    [ ${#_flags[@]} -gt 0 ] || ! is_made "$_file" "$_start" "$_end" || return 0
+    run "$python" -m k2ssl.bin.average --start "$_start" --end "$_end" --output "$_file" ${_flags[@]+"${_flags[@]}"}
+    now_made "$_file" "$_start" "$_end"
+}
+
+# last_checkpoint RUN STEPS: the path of the one that a run ends with; without STEPS the newest.
+last_checkpoint() { _checkpoint "$1" "${2:-$(_newest_step "$1")}"; }
+
+# earlier_checkpoint RUN STEPS AVERAGED: the path of the one with which the range to average begins.
+earlier_checkpoint() {
+    local _steps=${2:-$(_newest_step "$1")}
+    [ "$_steps" = LAST ] || _steps=$(_average_begins "$_steps" "$3")
+    _checkpoint "$1" "${_steps/LAST/EARLIER}"
+}
+
+_average_begins() { echo $((($1 - 1) / $2 * $2)); }
+
+_checkpoint() {
+    local _number=$2
+    [[ $2 == *[A-Z]* ]] || _number=$(printf %09d "$2")
+    printf %s "$out/$1/checkpoints/step-$_number.pt"
+}
+
+# LAST where there is none yet
+_newest_step() {
+    local _paths=("$out/$1/checkpoints"/step-*[0-9].pt) _step
+    [ -f "${_paths[-1]}" ] || { echo LAST && return; }
+    _step=${_paths[-1]##*/step-}
+    echo $((10#${_step%.pt}))
+}
+
+# decode FOLDER MODEL METHOD FLAG...: MODEL is a file of `average`, or a checkpoint; flags are --cuts, options of the search, and so on.
+decode() {
+    local _folder=$1 _model=$2 _method=$3
+    shift 3
+    launch k2ssl.bin.decode "$_model" --method "$_method" --output "$_folder" --device "$device" --quiet "$quiet" "$@"
+}
+
+# score FOLDER HYPOTHESES FLAG...
+score() {
+    local _folder=$1
+    shift
+    run_extra "$python" -m k2ssl.bin.score "$@" --output "$_folder" --overwrite True
+}
+
+# make_tables FOLDER EXPERIMENT FLAG...: tables of error rates and cost, from all runs, decodings and scores below the experiments' folders.
+make_tables() {
+    local _folder=$1
+    shift
+    run_extra "$python" -m k2ssl.bin.report "$@" --output "$_folder" --overwrite True
+}
+
+# is_made FILE WORD...: whether a file is there that was made with these words, flags of a program for instance; ends the recipe where it was
+# made with others. `now_made FILE WORD...` says so afterwards, in FILE.made.
+is_made() {
+    ! $dry_run && [ -f "$1" ] || return 1
+    _made_with "$@" || _fail "$1 was made with other settings ($(cat "$1.made")), not with $(_made_words "${@:2}"); remove it, or give another --out"
+    log "$1 is there already"
+}
+
+now_made() {
+    $dry_run || [ "$node_rank" -gt 0 ] || printf '%s\n' "$(_made_words "${@:2}")" >"$1.made"
+}
+
+# True also where nothing is known of how it was made.
+_made_with() { [ ! -f "$1.made" ] || [ "$(cat "$1.made")" = "$(_made_words "${@:2}")" ]; }
+
+_made_words() {
+    local _word _words=()
+    for _word in "$@"; do _words+=("${_word/#"$out/"/OUT/}"); done # the folder may be moved
+    printf '%s' "${_words[*]@Q}"
+}
+
+# model_at PATH: a model file or checkpoint; of a folder of training, the last checkpoint, if it came to its end.
+model_at() {
+    [ -d "$1" ] || { printf %s "$1" && return; }
+    local _run=${1%/} _found
+    _found=("$_run"/checkpoints/step-*[0-9].pt)
+    $dry_run || [ -f "$_run/finished" ] || _fail "$_run: a folder of training that has not come to its end; give the command of its stage again"
+    printf %s "${_found[-1]}"
+}
