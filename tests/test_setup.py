@@ -166,7 +166,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
 def test_a_stage_without_its_environment_says_which_stage_makes_it(tmp_path: Path) -> None:
     done = shell("bash", REPOSITORY / "recipes/quickstart/run.sh", "--stage", "1", K2SSL_VENV=str(tmp_path / "none"))
     assert done.returncode == 1
-    assert "run scripts/setup.sh first" in done.stderr
+    assert "stage 0 makes it" in done.stderr
 
 
 # --- scripts/setup.sh, in a copy of the tree whose PATH holds made-up interpreters
