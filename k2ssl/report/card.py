@@ -167,8 +167,10 @@ def card_of(folder: Path, settings: Mapping[str, Any], program: str) -> Card:
         OSError: the ledger cannot be read.
     """
     before = earlier_card(folder)
+    if before is not None:
+        return dataclasses.replace(before, updates=updates_of(folder), usage=usage_of(folder))
     base = base_of(folder, settings)
-    unknown = Card(
+    return Card(
         program=program,
         command=None,
         code=Code(None, None, None, None, None),
@@ -177,10 +179,9 @@ def card_of(folder: Path, settings: Mapping[str, Any], program: str) -> Card:
         data=manifests_of(settings, base),
         labels=labels_of(settings, base),
         init=init_of(settings, base),
-        updates=None,
+        updates=updates_of(folder),
         usage=usage_of(folder),
     )
-    return dataclasses.replace(before or unknown, updates=updates_of(folder), usage=usage_of(folder))
 
 
 def read_card(path: Path) -> Card:
