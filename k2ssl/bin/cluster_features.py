@@ -15,7 +15,7 @@ from torch import Tensor
 from k2ssl.bin.cluster_cuts import CutLists as CutLists
 from k2ssl.bin.cluster_cuts import check_device
 from k2ssl.config import ConfigError
-from k2ssl.data.label_format import file_sha256
+from k2ssl.file_hash import file_sha256
 from k2ssl.labelling.assign import check_same_features
 from k2ssl.labelling.features import FeatureFunction, HiddenFeatures, MfccConfig, MfccFeatures, Scalar
 from k2ssl.labelling.kmeans_model import KMeans

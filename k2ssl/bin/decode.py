@@ -42,10 +42,10 @@ from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
 from k2ssl.bin.run_folder import refusing, say
 from k2ssl.config import ConfigError
-from k2ssl.data.label_format import file_sha256
 from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.results import Alternative, Result
 from k2ssl.decode.wer import error_report
+from k2ssl.file_hash import file_sha256
 from k2ssl.structure import to_dict
 from k2ssl.train.ledger import Ledger
 

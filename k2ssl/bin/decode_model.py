@@ -11,8 +11,8 @@ from torch import Tensor
 
 from k2ssl.bin.model_averages import ModelFile, mean_of_models, mean_over_steps, open_model
 from k2ssl.config import ConfigError
-from k2ssl.data.label_format import file_sha256
 from k2ssl.data.tokenizer import Tokenizer, tokenizer_from_dict
+from k2ssl.file_hash import file_sha256
 from k2ssl.models.asr import AsrFrames, AsrModel
 from k2ssl.models.load import Weights
 from k2ssl.train.checkpoint import check_records

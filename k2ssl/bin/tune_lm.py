@@ -38,8 +38,8 @@ from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
 from k2ssl.bin.run_folder import refusing
 from k2ssl.bin.tuning_trials import Trial, TrialFile
-from k2ssl.data.label_format import file_sha256
 from k2ssl.decode.wer import ErrorCounts, count_errors
+from k2ssl.file_hash import file_sha256
 from k2ssl.train.ledger import Ledger
 
 if TYPE_CHECKING:

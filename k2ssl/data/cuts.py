@@ -21,6 +21,7 @@ from lhotse.cut import Cut
 
 from k2ssl.atomic_file import atomic_file, writable_folder
 from k2ssl.data.cut_summary import CutSummary, SummaryCounter, summarize
+from k2ssl.file_hash import file_sha256
 
 __all__ = ["CutSummary", "read_cuts", "summarize", "write_cuts"]
 
@@ -95,7 +96,7 @@ def summary_path(manifest: str | Path) -> Path:
 
 def write_summary(manifest: Path, written_as: Path, content: Mapping[str, Any]) -> None:
     """Store `content` beside `manifest`, with the checksum of the file `written_as` that will get that name."""
-    stamp = {"file": manifest.name, "bytes": written_as.stat().st_size, "sha256": _sha256(written_as)}
+    stamp = {"file": manifest.name, "bytes": written_as.stat().st_size, "sha256": file_sha256(written_as)}
     with atomic_file(summary_path(manifest)) as file:
         file.write((json.dumps({**content, "manifest": stamp}, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -191,12 +192,4 @@ def is_checked(manifest: Path) -> bool:
     stamp = read_summary(manifest).get("manifest")
     if not isinstance(stamp, dict) or stamp.get("bytes") != manifest.stat().st_size:
         return False
-    return stamp.get("sha256") == _sha256(manifest)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return stamp.get("sha256") == file_sha256(manifest)

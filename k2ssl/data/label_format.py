@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from k2ssl.atomic_file import atomic_file
+from k2ssl.file_hash import file_sha256
 
 FORMAT_VERSION = 1
 CONTRACT_FILE = "contract.json"
@@ -32,7 +33,6 @@ Record = TypeVar("Record")
 
 _MOST_CLASSES = 2**24  # a histogram of all classes is kept in memory and in the contract
 _FINGERPRINT_BYTES = 64 * 1024
-_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -252,15 +252,6 @@ def fingerprint(path: Path) -> str:
         digest.update(file.read(_FINGERPRINT_BYTES))
         file.seek(max(0, size - _FINGERPRINT_BYTES))
         digest.update(file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a whole file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from k2ssl.report.card import Card, Wer, base_of, card_of
-from k2ssl.report.origin import file_sha256, output_in, read_json, shown
+from k2ssl.report.origin import output_in, read_json, sha256_of, shown
 from k2ssl.structure import from_dict
 from k2ssl.train.ledger import LEDGER, total
 
@@ -122,7 +122,7 @@ def run_of_decoding(decoding: Decoding, runs: Mapping[Path, Run], remarks: list[
     if not paths or len(paths) != len(hashes):
         return None
     for path, sha in zip(paths, hashes, strict=True):
-        if path.is_file() and file_sha256(path) != sha:
+        if path.is_file() and sha256_of(path) != sha:
             remarks.append(
                 f"{shown(decoding.folder)}: {shown(path)} has changed since it was decoded with, so these results are of no run that is there"
             )
@@ -145,7 +145,7 @@ def _by_hash(name: str, sha: str, runs: Mapping[Path, Run]) -> Path | None:
     """The run that holds a checkpoint of this name and content."""
     for folder in runs:
         path = folder / "checkpoints" / name
-        if path.is_file() and file_sha256(path) == sha:
+        if path.is_file() and sha256_of(path) == sha:
             return folder
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import k2ssl
+from k2ssl.file_hash import file_sha256
 
 _GIT_SECONDS = 20  # a checkout on a slow network disk must not hold up training
 _SUFFIXES = (".jsonl.gz", ".jsonl")
@@ -127,7 +127,7 @@ def manifest_at(path: str, base: Path) -> Manifest:
     hours, cuts = summary.get("hours"), summary.get("cuts")
     return Manifest(
         path,
-        file_sha256(file) if file.is_file() else None,
+        sha256_of(file) if file.is_file() else None,
         float(hours) if isinstance(hours, int | float) else None,
         cuts if isinstance(cuts, int) else None,
     )
@@ -164,7 +164,7 @@ def init_of(settings: Mapping[str, Any], base: Path) -> Init | None:
     file = base / path
     there = file.is_file()
     weights = _text(settings.get("init_weights")) or "raw"
-    return Init(path, weights, file_sha256(file) if there else None, output_in(file) if there else None)
+    return Init(path, weights, sha256_of(file) if there else None, output_in(file) if there else None)
 
 
 @cache
@@ -180,7 +180,7 @@ def output_in(model: Path) -> str | None:
     return _text(_table(content, "job").get("output")) if isinstance(content, Mapping) else None
 
 
-def file_sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """Hash of a whole file, computed once as long as the file is the same.
 
     Raises:
@@ -201,11 +201,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @cache
 def _sha256(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(8 * 2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_sha256(path)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -28,8 +28,8 @@ import numpy as np
 from k2ssl.atomic_file import atomic_file
 from k2ssl.bin.prepare_options import exit_code
 from k2ssl.data.cuts import read_cuts
-from k2ssl.data.label_format import file_sha256
 from k2ssl.data.labels import LabelShardWriter, LabelStore, Lineage, cut_list_hash, merge_shards
+from k2ssl.file_hash import file_sha256
 
 SKIPPED = "skipped-00000-of-00001.tsv"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".km")
