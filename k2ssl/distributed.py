@@ -9,6 +9,7 @@ Every function works without `set_up`: alone there is one rank, number 0, and no
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# Groups that have ended, held until the process does. Whoever lets go of a group last waits for its threads, and these may be waiting for
+# Python's lock to let go of the tensors they sent. From here the lock is given up meanwhile (torch's binding of ProcessGroup does that); a
+# DistributedDataParallel model that outlived its group would keep it, and both would wait for ever.
+_ended: list[dist.ProcessGroup] = []
+atexit.register(_ended.clear)
 
 
 def rank() -> int:
@@ -61,9 +68,12 @@ def set_up(device: torch.device | str = "cpu", timeout_minutes: float = 30.0) ->
         raise RuntimeError("distributed.set_up: a process group is set up already")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    group = dist.group.WORLD
+    assert group is not None
     try:
         yield device
     finally:
+        _ended.append(group)
         dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,33 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from k2ssl import distributed
 
 
 def _entry(rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
+    _environment_of(rank, world_size, port)
     with distributed.set_up("cpu", timeout_minutes=1.0):
         function(*arguments)
 
 
-def spawn(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Run `function(*arguments)` on so many ranks."""
+def _environment_of(rank: int, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_entry, (world_size, port, function, arguments), world_size)
+        return free.getsockname()[1]
+
+
+def spawn(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Run `function(*arguments)` on so many ranks."""
+    mp.spawn(_entry, (world_size, _free_port(), function, arguments), world_size)
 
 
 def _exchange(folder: Path) -> None:
@@ -78,6 +88,28 @@ def test_two_processes_exchange_sums_rows_and_failures(tmp_path: Path) -> None:
         assert result["broadcast"].tolist() == [6]
         assert result["rows"].tolist() == [[1, 1, 1], [1, 1, 1]]
         assert result["first"].tolist() == [0, 1, 2, 0]
+
+
+def _models_outlive_their_groups(rank: int, world_size: int, ports: list[int]) -> None:
+    for port in ports:
+        _environment_of(rank, world_size, port)
+        with distributed.set_up("cpu", timeout_minutes=1.0):
+            model = DistributedDataParallel(nn.Linear(4, 4))
+            for _ in range(20):
+                model(torch.ones(2, 4)).sum().backward()
+            distributed.agree(1)
+        del model  # holds the group that has ended; without care this waits for ever in one round out of three
+
+
+def test_a_model_that_outlives_the_group_of_its_processes_ends_nevertheless() -> None:
+    context = mp.spawn(_models_outlive_their_groups, (2, [_free_port() for _ in range(12)]), 2, join=False)
+    try:
+        deadline = time.monotonic() + 120
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "a process waits for itself"
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
 def test_alone_nothing_is_exchanged() -> None:
