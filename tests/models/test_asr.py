@@ -266,9 +266,15 @@ def test_in_training_the_step_must_have_been_told() -> None:
     assert torch.isfinite(model.eval()(BATCH).loss)
 
 
-def _train(rank: int, folder: str) -> None:
+def _join_and_train(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.save(_train(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _train(rank: int) -> list[dict[str, torch.Tensor]]:
+    """The weights before the first step and after each; the parallel model must not outlive its group, see `k2ssl.distributed`."""
     masking = MaskingConfig(probability=0.65)
     model = make_model(encoder=ENCODERS["zipformer"], masking=masking, freeze_encoder_steps=1, freeze_frontend_steps=2)
     ddp = DistributedDataParallel(model)  # not told to look for unused parameters
@@ -282,12 +288,11 @@ def _train(rank: int, folder: str) -> None:
         ddp(make_batch([6000 + 320 * rank], [[1 + rank, 2, 3]])).loss.backward()
         optimizer.step()
         states.append({name: value.clone() for name, value in model.state_dict().items()})
-    torch.save(states, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return states
 
 
 def test_two_ranks_freeze_and_thaw_together(tmp_path: Path) -> None:
-    mp.spawn(_train, (str(tmp_path),), nprocs=2)
+    mp.spawn(_join_and_train, (str(tmp_path),), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, two[step][name]) for step in range(4) for name, value in one[step].items())
     changed = []
