@@ -30,7 +30,7 @@ from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.decode.alignment import Alignment, align
 from k2ssl.decode.results import Word
 from k2ssl.decode.word_times import word_times

@@ -28,7 +28,7 @@ from k2ssl.bin.decode_methods import Method, Recognizer, SearchConfig, build_rec
 from k2ssl.bin.decode_model import TrainedModel, check_checkpoints, load_trained
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.bin.transcribe_audio import STDIN, AudioReader, recognize
 from k2ssl.bin.transcribe_formats import Format, Transcript, formatted, name_of
 from k2ssl.config import ConfigError
