@@ -100,6 +100,9 @@ def test_every_method_reads_what_was_said_alike_alone_and_in_a_batch(
     for one in batch:
         assert " ".join(word.text for word in one.words) == one.hyp
         assert all(word.end <= one.duration for word in one.words)
+        if one.hyp == one.ref:
+            for word, (_, begin, end) in zip(one.words, reader.words_in(one.hyp), strict=True):
+                assert abs(word.begin - begin) < reader.STEP and abs(word.end - end) < reader.STEP
 
 
 def test_the_record_says_what_was_decoded_how_fast_and_with_how_much_memory(
@@ -208,7 +211,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
     child = [sys.executable, "-c", KILLED, *command(*ALONE, method="modified-beam")]
     killed = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == ["decode.json", "ledger.jsonl", "part-00000.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "decode.json", "ledger.jsonl", "part-00000.jsonl"]
     capsys.readouterr()
     assert decode.main(command(*ALONE, method="modified-beam")) == 0
     assert "4 of 10 utterances are decoded already" in capsys.readouterr().out
