@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up if need be, then run every check of the project. Nothing after the set-up uses the network.
 #
-#   bash scripts/test.sh                              everything
+#   bash scripts/test.sh                              everything, pytest in two processes
 #   bash scripts/test.sh tests/nn -k swoosh -x        arguments go to pytest; the other checks run all the same
 #
 # Checks: ruff check, ruff format, mypy on k2ssl/, bash -n on every shell script, pytest. All of them run even if one fails; the exit
@@ -36,7 +36,14 @@ check "ruff format" "$python" -m ruff format --check .
 check "mypy" "$python" -m mypy
 check "bash -n" shell_syntax
 
+# of everything, one half beside the other, with one thread each: tiny models gain nothing from more
+split=()
+if [ $# -eq 0 ] && [ "$(nproc)" -ge 2 ] && "$python" -c 'import xdist' 2>/dev/null; then
+    split=(--numprocesses 2 --dist loadfile)
+    OMP_NUM_THREADS=1
+fi
+
 echo "== pytest"
 # pytest runs last and repeats what failed before it just above its closing line (tests/conftest.py), so that the end tells everything
-K2SSL_FAILED_CHECKS=$(IFS=,; echo "${failed[*]-}") "$python" -m pytest "$@" || exit $?
+K2SSL_FAILED_CHECKS=$(IFS=,; echo "${failed[*]-}") "$python" -m pytest ${split[@]+"${split[@]}"} "$@" || exit $?
 [ ${#failed[@]} -eq 0 ]
