@@ -9,8 +9,10 @@
 Marks (#0, #1, ...) keep L and G deterministic while they are composed: #0 is where the n-gram model backs off, the others tell words of equal
 or included spelling apart. They are taken out again before H is put in front.
 
-A back-off may be taken even where the longer n-gram is listed. In models of which an n-gram is listed with less than its back-off gives
-(interpolated ones have none) a path may therefore score more than the model says.
+Back-offs are ordinary arcs, so that one may be taken even where the longer n-gram is listed, if what comes behind makes up for it; such a path
+scores more than the model says. Rescoring n-best paths (`k2ssl.lattice.rescoring.rescored`) asks the model itself.
+Words of equal spelling that lead to the same state of G
+are one path in LG and HLG, that of the more probable one: k2 drops the others when it takes the marks out.
 
 Source: Mohri, Pereira and Riley 2002, "Weighted finite-state transducers in speech recognition", sections 3 and 4.
 """
@@ -75,9 +77,9 @@ def grammar_graph(arpa: Arpa, lexicon: Lexicon, backoff: int = 0, drop_words: bo
     ids = lexicon.ids()
     _check_words(arpa, ids, drop_words)
     histories: dict[Ngram, int] = {(): 0}  # the history of which nothing is known
-    for ngram in arpa.log_probs:
-        if len(ngram) > 1 and all(word in ids for word in ngram[:-1] if word != START):
-            histories.setdefault(ngram[:-1], len(histories))
+    for history in (*(ngram[:-1] for ngram in arpa.log_probs), *arpa.backoffs):  # of some nothing is listed that continues them
+        if len(history) < arpa.order and all(word in ids for word in history if word != START):
+            histories.setdefault(history, len(histories))
     arcs = Arcs()
     begin = (START,) if (START,) in histories else ()
     # k2 starts in state 0

@@ -91,7 +91,7 @@ class LatticeArcs:
         leaving: dict[int, list[int]] = {}
         for arc, source in enumerate(self.sources):
             leaving.setdefault(source, []).append(arc)
-        outputs: dict[tuple[int, tuple[int, ...]], int] = {}  # beginnings by number, so that they compare fast
+        outputs: dict[tuple[int, int], int] = {}  # beginnings by number, so that they compare fast
         followed: set[tuple[int, int]] = set()
         trail: list[tuple[int, int]] = [(-1, -1)]  # (arc, place of what is before it)
         waiting = [(-to_end[0], 0, 0, 0, 0.0)] if to_end and self.num_arcs else []
@@ -106,8 +106,8 @@ class LatticeArcs:
                 continue
             for arc in leaving.get(state, ()):
                 target, after = self.targets[arc], begun
-                if self.outputs[arc]:
-                    after = outputs.setdefault((begun, self.outputs[arc]), len(outputs) + 1)
+                for output in self.outputs[arc]:
+                    after = outputs.setdefault((after, output), len(outputs) + 1)
                 total = score + self.scores[arc]
                 if (target, after) not in followed and to_end[target] > -math.inf:
                     trail.append((arc, place))

@@ -57,7 +57,8 @@ def rescored_lattice(lattice: Lattice, grammar: Any, lm_scale: float) -> Lattice
         ValueError: the model knows no path of an utterance; says which.
     """
     words = k2.arc_sort(_on_words(lattice))
-    scorer = k2.Fsa(grammar.arcs)
+    scorer = grammar.clone()  # k2 writes scores into the arcs
+    del scorer.aux_labels  # it gives what it takes
     scorer.lm_scores = grammar.scores.clone()
     scorer.scores = lm_scale * grammar.scores
     parts = []
@@ -76,7 +77,8 @@ def _on_words(lattice: Lattice) -> Any:
         fsa = k2.expand_ragged_attributes(fsa, ragged_attribute_names=["aux_labels"])
     if hasattr(fsa, "lm_scores"):
         scores = fsa.scores - lattice.lm_scale * fsa.lm_scores
-        fsa = k2.Fsa(fsa.arcs, aux_labels=fsa.aux_labels, tokens=fsa.tokens, frame=fsa.frame)
+        fsa = fsa.clone()
+        del fsa.lm_scores
         fsa.scores = scores
     return k2.invert(fsa)
 

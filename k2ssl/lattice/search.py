@@ -142,16 +142,17 @@ def _empty(fsa: Any) -> list[int]:
 
 
 def scaled(graph: Any, lm_scale: float) -> tuple[Any, float]:
-    """The graph with another weight of its n-gram model, the one that was given unchanged; 0 where it has no such model."""
+    """The graph with a weight of its n-gram model, a copy unless it has that weight, and the weight; 0 where it has no such model."""
     if len(graph.shape) == 2:
         graph = k2.create_fsa_vec([graph])
     if not hasattr(graph, "lm_scores"):
         return graph, 0.0
-    scaled = k2.Fsa(graph.arcs)
-    for name, value in graph.named_tensor_attr(include_scores=False):
-        setattr(scaled, name, value)
-    scaled.scores = graph.scores + (lm_scale - 1.0) * graph.lm_scores
-    return scaled, lm_scale
+    now = getattr(graph, "lm_scale", 1.0)
+    if lm_scale != now:
+        graph = graph.clone()  # k2 writes scores into the arcs, which others may share
+        graph.scores = graph.scores + (lm_scale - now) * graph.lm_scores
+        graph.lm_scale = lm_scale
+    return graph, lm_scale
 
 
 def check_scores(function: str, name: str, scores: Tensor, lens: Tensor) -> None:
