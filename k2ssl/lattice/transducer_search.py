@@ -22,6 +22,8 @@ from k2ssl.lattice.search import Lattice, check_scores, scaled, search_twice
 # (M, C) frames and (M, context_size) last tokens, int64, -1 before the start -> (M, V) log-probabilities
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
+_NEVER = -1e6  # log-probability of what cannot be; k2 takes differences, so that it is finite
+
 
 @dataclass(frozen=True)
 class TransducerPruning:
@@ -90,31 +92,45 @@ def transducer_lattice(
     def search(rows: list[int], width: TransducerPruning) -> Any:
         config = k2.RnntDecodingConfig(vocab_size, context_size, width.search_beam, width.max_states, width.max_contexts)
         streams = k2.RnntDecodingStreams([k2.RnntDecodingStream(single) for _ in rows], config)
-        own = lens[rows] + _end_takes_a_frame()
-        frames = encoder_out[rows]
-        for t in range(int(own.max())):
+        own, frames = lens[rows], encoder_out[rows]
+        behind = int(_ends().take_a_frame)
+        for t in range(int(own.max()) + behind):
             shape, contexts = streams.get_contexts()
-            # behind the last frame that counts there may be anything
-            now = frames[:, min(t, frames.shape[1] - 1)].index_select(0, shape.row_ids(1).long())
-            streams.advance(log_probs_of(now, _with_start(contexts.long())).float().contiguous())
+            row = shape.row_ids(1).long()
+            now = frames[:, min(t, frames.shape[1] - 1)].index_select(0, row)
+            log_probs = log_probs_of(now, _with_start(contexts.long())).float()
+            ended = (own <= t).to(row.device).index_select(0, row)  # there an utterance may do nothing but end
+            streams.advance(log_probs.masked_fill(ended.unsqueeze(1), _NEVER).contiguous())
         streams.terminate_and_flush_to_streams()
-        return streams.format_output(own.tolist())
+        return k2.connect(streams.format_output((own + behind).tolist()))
 
-    fsa = k2.top_sort(k2.connect(search_twice(search, len(lens), pruning or TransducerPruning(), names)))
+    fsa = k2.top_sort(search_twice(search, len(lens), pruning or TransducerPruning(), names))
+    if scale and _ends().lose_score:
+        fsa.scores = torch.where(fsa.labels == -1, fsa.scores + scale * fsa.lm_scores, fsa.scores)
     fsa.tokens = fsa.labels.clamp(min=0)
     fsa.frame = _frames(fsa)
     return Lattice(fsa, scale)
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """What k2 does at the end of an utterance: whether it spends the last frame on it, leaving its scores out, and whether it leaves the score
+    of the graph's arc to the final state out."""
+
+    take_a_frame: bool
+    lose_score: bool
+
+
 @functools.cache
-def _end_takes_a_frame() -> int:
-    """1 where k2 spends an utterance's last frame on the end of the sentence and leaves its scores out, else 0: asked of k2 itself."""
-    streams = k2.RnntDecodingStreams([k2.RnntDecodingStream(k2.trivial_graph(1))], k2.RnntDecodingConfig(2, 1, 10.0, 8, 8))
+def _ends() -> _Ends:
+    """Asked of k2 itself, as nothing promises that it stays so (1.23.4 does both)."""
+    graph = k2.Fsa.from_str("0 0 1 0\n0 1 -1 -4\n1")
+    streams = k2.RnntDecodingStreams([k2.RnntDecodingStream(graph)], k2.RnntDecodingConfig(2, 1, 10.0, 8, 8))
     streams.get_contexts()
     streams.advance(torch.tensor([[-1.0, -2.0]]))
     streams.terminate_and_flush_to_streams()
-    total = streams.format_output([1]).get_tot_scores(use_double_scores=True, log_semiring=False)
-    return int(total.item() == 0.0)
+    total = streams.format_output([1]).get_tot_scores(use_double_scores=True, log_semiring=False).item()
+    return _Ends(take_a_frame=total in (0.0, -4.0), lose_score=total in (0.0, -1.0))
 
 
 def _with_start(contexts: Tensor) -> Tensor:
