@@ -61,7 +61,7 @@ def read_scores(path: str | Path) -> Scores:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             content = {field.name: arrays[field.name] for field in fields(Scores)}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: no file of scores of k2ssl.bin.write_scores: {error}") from error
     content["delimiter"] = str(content["delimiter"])
     scores = Scores(**content)
