@@ -16,18 +16,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from k2ssl.lattice.arpa import read_arpa
-from k2ssl.lattice.decoder import CtcDecoder, Words
 from k2ssl.lattice.lexicon import Lexicon, read_lexicon
-from k2ssl.lattice.paths import Path
-from k2ssl.lattice.rescoring import oracle_errors
 from k2ssl.lattice.score_file import Scores, read_scores
-from k2ssl.lattice.search import Pruning
+
+if TYPE_CHECKING:  # loads k2, without which --help and what is refused before the search do
+    from k2ssl.lattice.decoder import Words
+    from k2ssl.lattice.paths import Path
 
 UNKNOWN = 0  # a word of a transcript that the lexicon lacks
 
@@ -59,6 +59,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         ValueError: files or options that do not fit.
+        ImportError: k2 does not load.
     """
     if (options.lexicon is None) != (options.lm is None):
         raise ValueError("--lexicon and --lm go together: one is given without the other")
@@ -67,6 +68,10 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     for name, least in (("nbest", 1), ("batch", 1), ("rescore_paths", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, at least {least} is needed")
+    from k2ssl.lattice.decoder import CtcDecoder
+    from k2ssl.lattice.rescoring import oracle_errors
+    from k2ssl.lattice.search import Pruning
+
     scores = read_scores(options.scores)
     pruning = Pruning(options.search_beam, options.output_beam, min(30, options.max_active), options.max_active)
     words = _words(options, scores)
@@ -93,6 +98,8 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
 def _words(options: argparse.Namespace, scores: Scores) -> Words | None:
     if options.lexicon is None:
         return None
+    from k2ssl.lattice.decoder import Words
+
     lexicon = read_lexicon(options.lexicon, [str(symbol) for symbol in scores.symbols], scores.delimiter)
     larger = read_arpa(options.rescore_lm) if options.rescore_lm else None
     return Words(lexicon, read_arpa(options.lm), larger, options.drop_words)
@@ -136,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         told = decode(parser().parse_args(argv))
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         print(f"decode_scores: {error}", file=sys.stderr)
         return 2
     print(f"{told['utterances']:,} utterances, {told['seconds']:,.1f} s; {told['too_short']:,} without a frame give no words")

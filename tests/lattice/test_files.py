@@ -14,6 +14,7 @@ import torch
 
 from k2ssl.decode.lm import NgramLm
 from k2ssl.lattice.arpa import read_arpa
+from k2ssl.lattice.decode_scores import main
 from k2ssl.lattice.empty import EmptyLatticeError
 from k2ssl.lattice.lexicon import lexicon_from_spellings, read_lexicon
 from k2ssl.lattice.score_file import Scores, read_scores, write_scores
@@ -180,3 +181,10 @@ def test_the_room_says_why_k2_does_not_load_and_which_would(tmp_path: Path, cont
     why = content.partition("(")[2].strip("\"')")
     assert done.returncode == 1 and last.startswith(f"ImportError: k2 does not load: {why}"), done.stderr
     assert f"the wheel that fits is built for torch {torch.__version__.partition('+')[0]}" in last
+
+
+def test_the_program_says_why_k2_does_not_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "k2", None)
+    monkeypatch.delitem(sys.modules, "k2ssl.lattice.package", raising=False)
+    assert main(["scores.npz", "--output", "found.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith("decode_scores: k2 does not load: ")
