@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Set up if need be, then run every check of the project. Nothing after the set-up uses the network.
+# Set up if need be, then run every check of the project. Nothing after the set-ups uses the network.
 #
 #   bash scripts/test.sh                              everything, pytest in two processes
 #   bash scripts/test.sh tests/nn -k swoosh -x        arguments go to pytest; the other checks run all the same
 #
-# Checks: ruff check, ruff format, mypy on k2ssl/, bash -n on every shell script, pytest. All of them run even if one fails; the exit
-# status is that of the worst. The environment is .venv, or the one that K2SSL_VENV names (see scripts/setup.sh).
+# Checks: ruff check, ruff format, mypy on k2ssl/, bash -n on every shell script, the tests with k2 where there is a Python 3.9 for them
+# (scripts/test_k2.sh, which sets its own environment up), pytest. All of them run even if one fails; the exit status is that of the worst.
+# The environment is .venv, or the one that K2SSL_VENV names (see scripts/setup.sh).
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -35,6 +36,7 @@ check "ruff check" "$python" -m ruff check .
 check "ruff format" "$python" -m ruff format --check .
 check "mypy" "$python" -m mypy
 check "bash -n" shell_syntax
+check "k2" bash scripts/test_k2.sh
 
 # of everything, one half beside the other, with one thread each: tiny models gain nothing from more
 split=()

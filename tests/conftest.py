@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parent / "golden"
+collect_ignore = ["k2"]  # they have an environment of their own: scripts/test_k2.sh
 
 
 @pytest.fixture(autouse=True)

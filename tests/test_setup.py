@@ -370,7 +370,8 @@ def test_a_named_environment_that_is_absent_is_refused(tree: Path) -> None:
     ],
 )
 def test_every_check_runs_and_any_failure_fails_the_whole(tree: Path, failing: str, broken_script: bool, status: int, told: str) -> None:
-    shutil.copy(REPOSITORY / "scripts" / "test.sh", tree / "scripts")
+    for script in ("test.sh", "test_k2.sh"):
+        shutil.copy(REPOSITORY / "scripts" / script, tree / "scripts")
     (tree / ".ci").mkdir()
     shutil.copy(REPOSITORY / ".ci" / "run", tree / ".ci")
     (tree / "recipes").mkdir()
@@ -379,8 +380,9 @@ def test_every_check_runs_and_any_failure_fails_the_whole(tree: Path, failing: s
     interpreter(python, 12)
     answer = f'-m*) echo "$@ [$K2SSL_FAILED_CHECKS] $OMP_NUM_THREADS"; case "$*" in "-m {failing}"*) exit 1 ;; esac ;;'
     python.write_text(re.sub(r"^-m\*\).*$", lambda _: answer, python.read_text(), flags=re.MULTILINE))
-    done = shell("bash", tree / ".ci" / "run", "-k", "one test", cwd=tree, K2SSL_VENV="mine", OMP_NUM_THREADS="3")
+    done = shell("bash", tree / ".ci" / "run", "-k", "one test", cwd=tree, K2SSL_VENV="mine", OMP_NUM_THREADS="3", K2SSL_K2_PYTHON="none")
     assert done.returncode == status, done.stderr
+    assert "k2: not run: K2SSL_K2_PYTHON is none" in done.stdout.splitlines()
     calls = [line for line in done.stdout.splitlines() if line.startswith("-m")]
     assert calls == ["-m ruff check . [] 3", "-m ruff format --check . [] 3", "-m mypy [] 3", f"-m pytest -k one test [{told}] 3"]
     assert done.stdout.splitlines()[-1] == calls[-1]

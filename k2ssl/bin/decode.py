@@ -37,6 +37,7 @@ from k2ssl.bin.decode_folder import (
     write_record,
 )
 from k2ssl.bin.decode_methods import Method, Recognizer, SearchConfig, build_recognizer, options_of
+from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
@@ -46,6 +47,7 @@ from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.results import Alternative, Result
 from k2ssl.decode.wer import error_report
 from k2ssl.file_hash import file_sha256
+from k2ssl.lattice.empty import EmptyLatticeError
 from k2ssl.structure import to_dict
 from k2ssl.train.ledger import Ledger
 
@@ -160,7 +162,7 @@ def decode_rest(
         PartWriter(output, rank) as part,
         AudioProgress("decode", left, quiet=job.quiet, silent=not distributed.is_main()) as progress,
     ):
-        for batch in batches(job, recognizer, share, device, failures):
+        for batch in batches(job, recognizer.trained, share, device, failures):
             part.write(results_of(batch, recognizer, job.timestamps))
             did = batch.seconds * ranks  # the other ranks are as far as this one
             progress.add(did, f"real-time factor {(time.monotonic() - started) / (progress.seconds + did):.4f}")
@@ -171,12 +173,11 @@ def decode_rest(
 
 
 def batches(
-    job: Decode, recognizer: Recognizer, cuts: Iterable[Cut], device: torch.device, failures: list[tuple[str, str]]
+    job: RecognitionJob, trained: TrainedModel, cuts: Iterable[Cut], device: torch.device, failures: list[tuple[str, str]]
 ) -> Iterator[Utterances]:
     """All cuts: first those too short for a frame, one by one and without their audio, then the others by length."""
     from k2ssl.bin.decode_data import UtteranceDataset, Utterances, WithFrames, about, utterance_loader
 
-    trained = recognizer.trained
     text = trained.tokenizer.normalization
     for cut in WithFrames(cuts, trained.sample_rate, trained.has_frame, False):
         yield Utterances(torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64), (about(cut, text),))
@@ -193,7 +194,10 @@ def batches(
 
 def results_of(batch: Utterances, recognizer: Recognizer, timestamps: bool) -> Iterator[Result]:
     """What is found in a batch, best hypothesis and, if more were asked for, all."""
-    heard = recognizer.hypotheses(batch.audio, batch.audio_lens)
+    try:
+        heard = recognizer.hypotheses(batch.audio, batch.audio_lens)
+    except EmptyLatticeError as error:
+        raise error.named([utterance.id for utterance in batch.about]) from error
     for utterance, samples, found in zip(batch.about, batch.audio_lens.tolist(), heard, strict=True):
         best = found[0]
         nbest = alternatives(recognizer, found) if recognizer.options.get("nbest", 1) > 1 else ()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from k2ssl.bin import decode_lattice
 from k2ssl.decode import ctc, transducer
 from k2ssl.decode.biasing import ContextGraph
 from k2ssl.decode.ctc_beam import prefix_beam_search
@@ -27,7 +28,9 @@ if TYPE_CHECKING:  # slow to import, and not needed to show --help
     from k2ssl.models.asr import AsrFrames
     from k2ssl.models.language_model import LanguageModel
 
-Method = Literal["ctc-greedy", "ctc-prefix-beam", "ctc-lexicon-free", "ctc-lexicon", "greedy", "modified-beam"]
+Method = Literal[
+    "ctc-greedy", "ctc-prefix-beam", "ctc-lexicon-free", "ctc-lexicon", "ctc-lattice", "ctc-hlg", "greedy", "modified-beam", "fast-beam"
+]
 T = TypeVar("T")
 Search = Callable[["AsrFrames"], list[list[Hypothesis]]]
 
@@ -44,15 +47,23 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
         **{"beam": 4, **_BEAM, "lm_scale": 0.3, "lm_final": False, "blank_penalty": 0.0, "temperature": 1.0},
         **{"context": None, "context_score": 2.0},
     },
+    **decode_lattice.OPTIONS,
 }
 _ZIP = b"PK\x03\x04"  # a checkpoint begins with it, even one that is cut short
 _TAKE_LM = "ctc-prefix-beam, modified-beam"  # those with a language model of ours
-_FILES = ("lm", "lexicon", "context")  # options that name files
-_NEEDS = {"lm_scale": "lm", "lm_final": "lm", "context_score": "context"}  # options that have an effect only with another
+_FILES = ("lm", "lexicon", "context", "rescore_lm")  # options that name files
+_NEEDS = {
+    "lm_scale": "lm",
+    "lm_final": "lm",
+    "context_score": "context",
+    "drop_words": "lm",
+    "rescore_paths": "rescore_lm",
+}  # no effect without
+_REQUIRED = {"ctc-lexicon": ("lexicon",), "ctc-hlg": ("lexicon", "lm")}
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(decode_lattice.LatticeOptions):
     """Options of the searches; docs/decoding.md says which method has which. One that has no effect is refused.
 
     Attributes:
@@ -99,6 +110,7 @@ class SearchConfig:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"SearchConfig: {field.name} is {value}, a finite number is needed")
+        self.check_lattice("SearchConfig")
         if self.lm_scale is not None and self.lm_scale < 0:
             raise ValueError(f"SearchConfig: lm_scale is {self.lm_scale}, allowed is a number >= 0")
         for name in ("temperature", "beam_threshold", "context_score"):
@@ -128,11 +140,13 @@ def options_of(method: Method, config: SearchConfig) -> dict[str, Any]:
     for name, other in _NEEDS.items():
         if name in given and other not in given:
             raise ValueError(f"search.{name} is {given[name]!r}, which has no effect without search.{other}")
-    if method == "ctc-lexicon" and "lexicon" not in given:
-        raise ValueError("search.lexicon is missing: with method 'ctc-lexicon' it names the file of the words that may be recognised")
+    for name in _REQUIRED.get(method, ()):
+        if name not in given:
+            what = "the words that may be recognised" if name == "lexicon" else "a language model over words"
+            raise ValueError(f"search.{name} is missing: with method {method!r} it names the file of {what}")
     options = {**_OPTIONS[method], **given}
     options = {name: value for name, value in options.items() if name not in _NEEDS or _NEEDS[name] in given}
-    if options.get("nbest", 1) > options.get("beam", 1):
+    if "beam" in options and options.get("nbest", 1) > options["beam"]:
         raise ValueError(f"search.nbest is {options['nbest']}, at most search.beam, which is {options['beam']}, are allowed")
     return options
 
@@ -170,12 +184,14 @@ class Recognizer:
 
     def text(self, hypothesis: Hypothesis) -> str:
         """The words, separated by spaces."""
-        return self.trained.tokenizer.decode(hypothesis.tokens)
+        return text_of(hypothesis, self.trained.tokenizer)
 
     def words(self, hypothesis: Hypothesis, num_samples: int) -> tuple[Word, ...]:
         """The words with their times, of audio of so many samples."""
         trained, tokens = self.trained, hypothesis.tokens
         numbers, texts = trained.tokenizer.word_numbers(tokens), self.text(hypothesis).split()
+        if max(numbers, default=-1) + 1 != len(texts):
+            raise ValueError(f"timestamps: the lexicon spells {' '.join(texts)!r} so that its tokens do not tell where words begin")
         frames, seconds = trained.num_frames(num_samples), num_samples / trained.sample_rate
         return word_times(texts, numbers, hypothesis.frames, trained.seconds_per_frame, frames, seconds=seconds)
 
@@ -238,11 +254,20 @@ def _lexicon_free(options: Mapping[str, Any], trained: TrainedModel, read: dict[
 
 
 def _lexicon(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
-    from k2ssl.data.tokenizer import LetterTokenizer
+    return _flashlight(options, trained, read, _words(options, trained, read), trained.delimiter)
 
-    delimiter = trained.tokenizer.delimiter if isinstance(trained.tokenizer, LetterTokenizer) else ""
-    words = _once(read, "lexicon", lambda: read_lexicon(options["lexicon"], trained.tokenizer, delimiter))
-    return _flashlight(options, trained, read, words, delimiter)
+
+def _words(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Lexicon:
+    return _once(read, "lexicon", lambda: read_lexicon(options["lexicon"], trained.tokenizer, trained.delimiter))
+
+
+def _on_k2(method: Method) -> Callable[[Mapping[str, Any], TrainedModel, dict[str, Any]], Search]:
+    def build(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any]) -> Search:
+        decode_lattice.need_k2(method)
+        words = None if options.get("lexicon") is None else _words(options, trained, read)
+        return (decode_lattice.transducer_search if method == "fast-beam" else decode_lattice.ctc_search)(options, trained, read, words)
+
+    return build
 
 
 def _flashlight(options: Mapping[str, Any], trained: TrainedModel, read: dict[str, Any], lexicon: Lexicon | None, delimiter: str) -> Search:
@@ -264,6 +289,9 @@ _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], TrainedModel, dict[str, Any
     "ctc-prefix-beam": _ctc_prefix_beam,
     "ctc-lexicon-free": _lexicon_free,
     "ctc-lexicon": _lexicon,
+    "ctc-lattice": _on_k2("ctc-lattice"),
+    "ctc-hlg": _on_k2("ctc-hlg"),
+    "fast-beam": _on_k2("fast-beam"),
     "greedy": _greedy,
     "modified-beam": _modified_beam,
 }
@@ -357,6 +385,11 @@ def _read_lines(path: str, parse: Callable[[str], T]) -> list[T]:
     if not found:
         raise ValueError(f"{path}: is empty, at least one line is needed")
     return found
+
+
+def text_of(hypothesis: Hypothesis, tokenizer: Tokenizer) -> str:
+    """The words of a hypothesis, separated by spaces."""
+    return tokenizer.decode(hypothesis.tokens) if hypothesis.words is None else " ".join(hypothesis.words)
 
 
 def _singly(found: Sequence[Hypothesis]) -> list[list[Hypothesis]]:

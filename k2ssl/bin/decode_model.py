@@ -11,7 +11,7 @@ from torch import Tensor
 
 from k2ssl.bin.model_averages import ModelFile, mean_of_models, mean_over_steps, open_model
 from k2ssl.config import ConfigError
-from k2ssl.data.tokenizer import Tokenizer, tokenizer_from_dict
+from k2ssl.data.tokenizer import LetterTokenizer, Tokenizer, tokenizer_from_dict
 from k2ssl.file_hash import file_sha256
 from k2ssl.models.asr import AsrFrames, AsrModel
 from k2ssl.models.load import Weights
@@ -48,6 +48,11 @@ class TrainedModel:
     def seconds_per_frame(self) -> float:
         """Between the beginnings of neighbouring frames of the heads, s."""
         return self.model.frontend.stride * self.model.config.output_downsampling / self.sample_rate
+
+    @property
+    def delimiter(self) -> str:
+        """The token between words, "" where tokens hold the mark of a word."""
+        return self.tokenizer.delimiter if isinstance(self.tokenizer, LetterTokenizer) else ""
 
     @property
     def device(self) -> torch.device:

@@ -259,23 +259,31 @@ def flashlight() -> Iterator[Finding]:
 
 
 def k2() -> Iterator[Finding]:
-    """k2, optional; it is loaded in a process of its own, as a wheel of another torch may end the process."""
-    module = _torch_or_not()
-    cuda = f"CUDA {module.version.cuda}" if module.version.cuda else "the CPU"
-    fits = (
-        f"the wheel that fits is built for torch {_public(module.__version__)}, {cuda} and Python {sys.version_info.major}.{sys.version_info.minor}; "
-        "the documentation of k2 lists wheels, and one for another torch does not load"
-    )
+    """k2, optional."""
+    _torch_or_not()
+    why = why_no_k2()
     if find_spec("k2") is None:
-        yield Finding(
-            "ok", f"optional, not installed: nothing needs it; the transducer loss could be computed on it (backend 'k2' in Python); {fits}"
-        )
-        return
-    problem = _fails_alone("import k2; k2.mutual_information_recursion; print(k2.with_cuda)")
-    if problem is None:
-        yield Finding("ok", f"{_installed('k2')} loads: backend 'k2' of the transducer loss can be chosen in Python")
+        use = "the searches ctc-lattice, ctc-hlg and fast-beam would need it, and the transducer loss could be computed on it"
+        yield Finding("ok", f"optional, {why.partition(':')[0]}: {use} (backend 'k2' in Python);{why.partition(':')[2]}")
+    elif why:
+        yield Finding("warning", why, f"{PIP} uninstall k2")
     else:
-        yield Finding("warning", f"{_installed('k2')} cannot be used: {problem}; {fits}", f"{PIP} uninstall k2")
+        yield Finding(
+            "ok",
+            f"{_installed('k2')} loads: the searches ctc-lattice, ctc-hlg and fast-beam can run, and backend 'k2' of the transducer loss can be "
+            "chosen in Python",
+        )
+
+
+def why_no_k2() -> str:
+    """Why k2 cannot be used, and which k2 could; "" where it can. It is loaded in a process of its own, as a wheel of another torch may end the
+    process."""
+    from k2ssl.lattice.wheel import wheel_that_fits
+
+    if find_spec("k2") is None:
+        return f"not installed: {wheel_that_fits()}"
+    problem = _fails_alone("import k2; k2.mutual_information_recursion; print(k2.with_cuda)")
+    return "" if problem is None else f"{_installed('k2')} cannot be used: {problem}; {wheel_that_fits()}"
 
 
 def _fails_alone(code: str) -> str | None:

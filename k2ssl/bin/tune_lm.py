@@ -31,7 +31,7 @@ from k2ssl.atomic_file import atomic_file
 from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.decode_arguments import with_names
-from k2ssl.bin.decode_methods import Method, SearchConfig, build_search, options_of
+from k2ssl.bin.decode_methods import Method, SearchConfig, build_search, options_of, text_of
 from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
@@ -249,7 +249,7 @@ def errors_of(method: Method, search: SearchConfig, trained: TrainedModel, found
     for output, texts in zip(found.encoded, found.refs, strict=True):
         heard = run(AsrFrames(output.frames.to(trained.device), output.lens))
         for text, hypotheses in zip(texts, heard, strict=True):
-            counts += count_errors(text, trained.tokenizer.decode(hypotheses[0].tokens) if hypotheses else "")
+            counts += count_errors(text, text_of(hypotheses[0], trained.tokenizer) if hypotheses else "")
     return counts
 
 

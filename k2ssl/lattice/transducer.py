@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import k2
 import torch
 from torch import Tensor
+
+from k2ssl.lattice.package import k2
 
 
 def cannot_run(device: torch.device) -> str | None:

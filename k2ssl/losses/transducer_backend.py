@@ -81,9 +81,14 @@ def recursion(name: Literal["torch", "triton"]) -> tuple[NewArcs, Sweep]:
 
 
 def _not_installed(name: Backend) -> str | None:
-    if name == "torch" or importlib.util.find_spec(name) is not None:
-        return None
-    return f"the package {name} is not installed"
+    if name != "torch" and importlib.util.find_spec(name) is None:
+        return f"the package {name} is not installed"
+    if name == "k2":
+        try:
+            import k2ssl.lattice.transducer  # noqa: F401 -- loads k2, which fails where it was built for another torch
+        except ImportError as error:
+            return str(error)
+    return None
 
 
 def _cannot_run(name: Backend, device: torch.device) -> str | None:

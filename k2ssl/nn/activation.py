@@ -5,6 +5,7 @@ Formulas: arXiv 2310.11230, section 3.3. Both are softplus shifted right, tilted
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,23 @@ from k2ssl.nn.schedule import Clock, Schedule
 
 _SLOPE = 0.08
 
+# "l" or "r" and float32 numbers -> values, or values and derivatives, without autograd; see `use_kernels`
+ValueKernel = Callable[[str, Tensor], Tensor]
+DerivativeKernel = Callable[[str, Tensor], tuple[Tensor, Tensor]]
+_kernels: tuple[ValueKernel, DerivativeKernel] | None = None
+
+
+def use_kernels(kernels: tuple[ValueKernel, DerivativeKernel] | None) -> None:
+    """Let others compute both activations of `SwooshDropoutLinear` where they are wanted in float32; None: PyTorch's operations do."""
+    global _kernels
+    _kernels = kernels
+
 
 @dataclass(frozen=True)
 class Swoosh:
-    """log(1 + exp(x - shift)) - 0.08 x - offset."""
+    """log(1 + exp(x - shift)) - 0.08 x - offset; `name` is "l" or "r"."""
 
+    name: str
     shift: float
     offset: float
 
@@ -31,13 +44,19 @@ class Swoosh:
         """Value at `x`, any shape, in `x`'s dtype."""
         return F.softplus(x - self.shift) - _SLOPE * x - self.offset
 
+    def value(self, x: Tensor) -> Tensor:
+        """The same for no autograd to see, by the kernels that were chosen."""
+        return self(x) if _kernels is None or x.dtype != torch.float32 else _kernels[0](self.name, x)
+
     def derivative(self, x: Tensor) -> Tensor:
-        """d/dx at `x`."""
+        """d/dx at `x`, by the kernels that were chosen."""
+        if _kernels is not None and x.dtype == torch.float32:
+            return _kernels[1](self.name, x)[1]
         return torch.sigmoid(x - self.shift) - _SLOPE
 
 
-swoosh_l = Swoosh(shift=4.0, offset=0.035)  # for feed-forward layers: "normally off"
-swoosh_r = Swoosh(shift=1.0, offset=0.313261687)  # zero at x = 0: for convolutions
+swoosh_l = Swoosh("l", shift=4.0, offset=0.035)  # for feed-forward layers: "normally off"
+swoosh_r = Swoosh("r", shift=1.0, offset=0.313261687)  # zero at x = 0: for convolutions
 
 
 class SwooshDropoutLinear(nn.Module):
@@ -110,7 +129,7 @@ class _SwooshDropoutLinear(torch.autograd.Function):
 
 
 def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
-    hidden = activation(_at_least_float32(x))
+    hidden = activation.value(_at_least_float32(x))
     return hidden if mask is None else hidden * mask
 
 

@@ -20,7 +20,7 @@ import torch
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
-from k2ssl.bin import decode
+from k2ssl.bin import decode, decode_lattice
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_folder import PartWriter, read_parts
 from k2ssl.bin.decode_methods import Method, SearchConfig, build_recognizer, options_of, read_lexicon
@@ -73,13 +73,18 @@ def record(folder: Path) -> dict[str, Any]:
 
 def needed_by(method: str, reader: Any, folder: Path) -> list[str]:
     """Options without which the method does not run; skips if its package is not there."""
-    if method not in ("ctc-lexicon-free", "ctc-lexicon"):
-        return []
-    pytest.importorskip("flashlight.lib.text.decoder", reason=f"the package of this search: {PIP_LINE}")
-    if method == "ctc-lexicon-free":
-        return []
-    (folder / "lexicon.txt").write_text("\n".join(sorted({word for text in reader.texts() for word in text.split()})))
-    return ["--search.lexicon", str(folder / "lexicon.txt")]
+    lexicon, lm = folder / "lexicon.txt", folder / "words.arpa"
+    words = sorted({word for text in reader.texts() for word in text.split()})
+    if method in decode_lattice.OPTIONS:
+        pytest.importorskip("k2", reason="the package of this search: k2")
+    elif method in ("ctc-lexicon-free", "ctc-lexicon"):
+        pytest.importorskip("flashlight.lib.text.decoder", reason=f"the package of this search: {PIP_LINE}")
+    lexicon.write_text("\n".join(words))
+    ngrams = "\n".join(f"-1\t{word}" for word in [*words, "</s>"])
+    lm.write_text(f"\\data\\\nngram 1={len(words) + 1}\n\n\\1-grams:\n{ngrams}\n\n\\end\\\n")
+    if method == "ctc-lexicon":
+        return ["--search.lexicon", str(lexicon)]
+    return ["--search.lexicon", str(lexicon), "--search.lm", str(lm)] if method == "ctc-hlg" else []
 
 
 @pytest.mark.parametrize("method", METHODS)

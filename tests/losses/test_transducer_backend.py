@@ -171,10 +171,21 @@ def test_what_is_asked_of_k2_gives_what_torch_gives(monkeypatch: pytest.MonkeyPa
     k2.mutual_information_recursion = torch.enable_grad()(mutual_information_recursion)  # type: ignore[attr-defined]
     k2.with_cuda = False  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "k2", k2)
-    monkeypatch.delitem(sys.modules, "k2ssl.lattice.transducer", raising=False)
+    for module in ("transducer", "package"):
+        monkeypatch.delitem(sys.modules, f"k2ssl.lattice.{module}", raising=False)
     try:
         check_k2_against_torch()
         with pytest.raises(ValueError, match="'k2' was chosen and cannot run on cuda: this build of k2 has no support for cuda"):
             lattice_backend("cuda")
     finally:
-        sys.modules.pop("k2ssl.lattice.transducer", None)
+        for module in ("transducer", "package"):
+            sys.modules.pop(f"k2ssl.lattice.{module}", None)
+
+
+def test_a_k2_that_does_not_load_is_refused_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, k2=True)
+    monkeypatch.setitem(sys.modules, "k2", None)
+    with pytest.raises(
+        ValueError, match=r"name is 'k2', which cannot run here: k2 does not load: .*; the wheel that fits is built for torch"
+    ):
+        use_lattice_backend("k2")
