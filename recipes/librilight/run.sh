@@ -129,7 +129,11 @@ fi
 
 if in_stages 1 "cuts of Libri-Light"; then
     corpus=${corpus_dir:-$download_dir/librilight}
-    need_file "$corpus" "Libri-Light; --corpus-dir names one that is there" 0
+    if [ -n "$corpus_dir" ]; then
+        need_corpus corpus-dir "$corpus_dir" "without it, stage 0 fetches Libri-Light"
+    else
+        for part in "${part_list[@]}"; do need_file "$corpus/$part" "part of Libri-Light; --corpus-dir names one that is there" 0; done
+    fi
     run_extra "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus" --parts "${part_list[@]}" --out "$out/cuts"
 fi
 
@@ -151,7 +155,9 @@ if in_stages 3 "pre-training"; then
 fi
 
 if in_stages 4 "cuts, tokenizers and configurations for fine-tuning"; then
-    limited=${limited_dir:-$download_dir/librispeech_finetuning}
+    limited=${limited_dir:-$download_dir/librispeech_finetuning} librispeech=${librispeech_dir:-$download_dir/LibriSpeech}
+    [ -z "$limited_dir" ] || need_corpus limited-dir "$limited_dir" "without it, stage 0 fetches the limited sets"
+    [ -z "$librispeech_dir" ] || need_corpus librispeech-dir "$librispeech_dir" "without it, stage 0 fetches what is needed of LibriSpeech"
     for set in "${set_list[@]}"; do
         trained=()
         if [[ " ${limited_list[*]-} " == *" $set "* ]]; then
@@ -161,7 +167,9 @@ if in_stages 4 "cuts, tokenizers and configurations for fine-tuning"; then
             trained=("$set")
         fi
         mapfile -t wanted < <(parts_for ${trained[@]+"${trained[@]}"})
-        run "$python" "$recipe/../librispeech/prepare_cuts.py" --corpus-dir "${librispeech_dir:-$download_dir/LibriSpeech}" \
+        [ -n "$librispeech_dir" ] ||
+            for part in "${wanted[@]}"; do need_file "$librispeech/$part" "part of LibriSpeech; --librispeech-dir names one that is there" 0; done
+        run "$python" "$recipe/../librispeech/prepare_cuts.py" --corpus-dir "$librispeech" \
             --parts "${wanted[@]}" --out "$out/finetune/$set/cuts"
         librispeech "$set" 2 2
         for system in "${system_list[@]}"; do # last, since the next stages look for these files

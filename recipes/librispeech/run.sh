@@ -13,9 +13,7 @@
 # --subset mini sets these where they are not given: sets train-clean-5, dev-clean-2, test-clean; configurations zipformer_logmel (folder/conf),
 # zipformer_mini_iter2, ctc_letters_mini and transducer_bpe_mini; labels of stack 2 in 100 clusters; 100 pieces; averages over 200 and 500
 # updates, and averaged weights to go on from, at batch 20000.
-# shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-# shellcheck source-path=SCRIPTDIR source=../stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../stages.sh"
 
 subset=full  # full or mini: what is set where no option says otherwise, see above
@@ -204,8 +202,11 @@ fi
 
 if in_stages 1 "cuts"; then
     corpus=${corpus_dir:-$download_dir/LibriSpeech}
-    [ -z "$corpus_dir" ] || $dry_run || [ -d "$corpus_dir" ] || _fail "--corpus-dir is $corpus_dir, and there is no such folder; without it, stage 0 fetches the corpus"
-    need_file "$corpus" "the corpus; --corpus-dir names one that is there" 0
+    if [ -n "$corpus_dir" ]; then
+        need_corpus corpus-dir "$corpus_dir" "without it, stage 0 fetches the corpus"
+    else
+        for set in "${all_sets[@]}"; do need_file "$corpus/$set" "part of the corpus; --corpus-dir names one that is there" 0; done
+    fi
     held_out=()
     [ -z "$held_out_speakers" ] || { words "$held_out_speakers" && held_out=(--held-out-speakers "${found[@]}"); }
     run_extra "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus" --parts "${all_sets[@]}" --out "$out/cuts" ${held_out[@]+"${held_out[@]}"}
