@@ -288,6 +288,14 @@ need_whole_numbers() {
     done
 }
 
+# need_lists NAME...: refuse options that are empty where a list with commas is needed.
+need_lists() {
+    local _name
+    for _name in "$@"; do
+        [ -n "${!_name}" ] || refuse "--${_name//_/-} is empty, one is needed at least"
+    done
+}
+
 # need_one_of NAME VALUE...: refuse an option with another value.
 need_one_of() {
     local _name=$1 _value

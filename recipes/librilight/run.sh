@@ -39,14 +39,10 @@ parse_options "$@"
 
 recipe=$(dirname "$recipe_script")
 need_whole_numbers num_clusters pretrain_save_every finetune_averaged seed num_workers
-for steps in pretrain_steps ctc_steps transducer_steps; do
-    [ -z "${!steps}" ] || need_whole_numbers "$steps"
-done
-[ -f "$pretrain_conf" ] || pretrain_conf=$repository/$pretrain_conf
-[ -f "$pretrain_conf" ] || refuse "--pretrain-conf: there is no file ${pretrain_conf#"$repository/"}"
-for lists in parts finetune_sets systems dev_sets test_sets; do
-    [ -n "${!lists}" ] || refuse "--${lists//_/-} is empty, one is needed at least"
-done
+need_steps pretrain_steps ctc_steps transducer_steps
+find_conf pretrain_conf || refuse "--pretrain-conf: there is no file ${pretrain_conf#"$repository/"}"
+need_lists parts finetune_sets dev_sets test_sets
+need_systems
 IFS=, read -r -a part_list <<<"$parts"
 IFS=, read -r -a set_list <<<"$finetune_sets"
 IFS=, read -r -a system_list <<<"$systems"
@@ -57,9 +53,6 @@ for set in "${set_list[@]}"; do
     100h | 960h) librispeech_list+=("$set") ;;
     *) refuse "--finetune-sets names $set; 10min, 1h, 10h, 100h, 960h are known" ;;
     esac
-done
-for system in "${system_list[@]}"; do
-    [[ $system =~ ^(ctc|transducer)$ ]] || refuse "--systems is $systems; ctc, transducer or both with a comma between them are known"
 done
 need_environment
 
