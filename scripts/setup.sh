@@ -3,8 +3,8 @@
 #
 #   bash scripts/setup.sh
 #
-# Creates .venv in the repository, installs what pyproject.toml requires (with the extra `dev`) at the versions of constraints.txt, and
-# stamps it; after a change of either file, or an interrupted install, it installs again. Prints the environment's python on stdout,
+# Creates .venv in the repository, installs what pyproject.toml requires (with the extras `dev` and `quickstart`, and `lm` where there is a
+# wheel of it) at the versions of constraints.txt, and stamps it; after a change of either file, or an interrupted install, it installs again. Prints the environment's python on stdout,
 # everything else on stderr.
 #
 #   K2SSL_PYTHON=/usr/bin/python3.12   the interpreter to create .venv with; unset: the first of python3, python3.13 ... python3.10
@@ -84,6 +84,15 @@ wanted_stamp() { (cd "$root" && echo "$root" && sha256sum pyproject.toml constra
 
 is_ready() { [ -x "$1/bin/python" ] && [ "$(cat "$1/$stamp_name" 2>/dev/null)" = "$(wanted_stamp)" ] && [ -n "$(version_of "$1/bin/python")" ]; }
 
+# The extra `lm`, so that its searches are tested; its package is of another kind than the rest (few wheels, a source package that downloads
+# while it builds), so that nobody who cannot have it shall lack the rest.
+install_lm() {
+    "$1" "$root/scripts/missing_packages.py" lm >/dev/null ||
+        "$1" -m pip install --disable-pip-version-check --quiet --only-binary flashlight-text -c "$root/constraints.txt" \
+            --no-build-isolation -e "${root}[lm]" >&2 ||
+        say "the extra lm cannot be installed here: the searches ctc-lexicon and ctc-lexicon-free are left out, and their tests skipped"
+}
+
 install_all() {
     local venv=$1 python
     rm -f "$venv/$stamp_name"
@@ -103,6 +112,7 @@ install_all() {
         --no-build-isolation -e "${root}[dev,quickstart]" |
         sed -u -n 's/^\(Collecting\|Processing\) \([^ ]*\).*/  \2/p; s/^Installing collected.*/  unpacking everything (takes longest)/p' >&2
     "$venv/bin/python" "$root/scripts/missing_packages.py" dev quickstart >&2
+    install_lm "$venv/bin/python"
     wanted_stamp >"$venv/$stamp_name.part"
     mv "$venv/$stamp_name.part" "$venv/$stamp_name"
     say "done: $venv is ready"

@@ -260,6 +260,20 @@ def test_the_second_set_up_does_nothing_and_a_change_of_versions_installs_again(
     assert len(calls.read_text()) > len(first)
 
 
+@pytest.mark.parametrize("wheel", [True, False])
+def test_the_extra_of_which_there_may_be_no_wheel_is_installed_where_it_can_be_and_keeps_nobody_from_the_rest(
+    tree: Path, wheel: bool
+) -> None:
+    body = f'{CREATE}; case "$*" in *"missing_packages.py lm") false ;; *"[lm]") {"true" if wheel else "false"} ;; esac'
+    interpreter(tree / "bin" / "python3", 11, body=body)
+    done = set_up(tree)
+    assert (done.returncode, done.stdout) == (0, f"{tree}/.venv/bin/python\n"), done.stderr
+    assert ("the extra lm cannot be installed here" in done.stderr) is not wheel
+    (asked,) = [line for line in (tree / ".venv/bin/calls").read_text().splitlines() if line.endswith("[lm]")]
+    assert "--only-binary flashlight-text" in asked and f"-c {tree}/constraints.txt" in asked
+    assert set_up(tree).stderr == "", "it is not tried every time"
+
+
 def test_an_interrupted_install_is_repeated(tree: Path) -> None:
     flag = tree / "network_is_up"
     interpreter(tree / "bin" / "python3", 11, body=f'{CREATE}; [ "$2" != pip ] || [ "$3" != install ] || [ -e {flag} ]')

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +30,7 @@ from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.decode.alignment import Alignment, align
 from k2ssl.decode.results import Word
 from k2ssl.decode.word_times import word_times
@@ -149,15 +149,13 @@ def timed(found: Alignment, trained: TrainedModel, num_samples: int, unit: str) 
         texts, numbers = tokenizer.decode(found.tokens).split(), tokenizer.word_numbers(found.tokens)
     else:
         texts, numbers = [tokenizer.symbols[token] for token in found.tokens], list(range(len(found.tokens)))
-    num_frames = trained.num_frames(num_samples)
-    words = word_times(texts, numbers, found.begins, trained.seconds_per_frame, num_frames, found.ends)
+    num_frames, seconds = trained.num_frames(num_samples), num_samples / trained.sample_rate
+    words = word_times(texts, numbers, found.begins, trained.seconds_per_frame, num_frames, found.ends, seconds=seconds)
     sums, frames = [0.0] * len(texts), [0] * len(texts)
     for number, begin, end, confidence in zip(numbers, found.begins, found.ends, found.confidences, strict=True):
         if number >= 0:
             sums[number] += confidence * (end - begin)
             frames[number] += end - begin
-    seconds = round(num_samples / trained.sample_rate, 3)  # the last frame of a down-sampled output may reach beyond
-    words = tuple(replace(word, end=max(word.begin, min(word.end, seconds))) for word in words)
     return [(word, total / count) for word, total, count in zip(words, sums, frames, strict=True)]
 
 

@@ -21,7 +21,7 @@ from k2ssl.bin.cluster_cuts import check_files
 from k2ssl.bin.model_averages import mean_of_models, mean_over_steps, open_model
 from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.config import ConfigError
 from k2ssl.models.load import FORMAT, VERSION, config_to_dict
 from k2ssl.train.checkpoint import check_records

@@ -40,7 +40,7 @@ from k2ssl.bin.decode_methods import Method, Recognizer, SearchConfig, build_rec
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
-from k2ssl.bin.run_folder import refusing, say
+from k2ssl.bin.refusal import refusing, say
 from k2ssl.config import ConfigError
 from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.results import Alternative, Result

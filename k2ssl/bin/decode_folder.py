@@ -15,10 +15,11 @@ from typing import Any
 
 from k2ssl import distributed
 from k2ssl.atomic_file import atomic_file
-from k2ssl.bin.run_folder import alone_in, refusing
+from k2ssl.bin.folder_lock import alone_in
+from k2ssl.bin.refusal import refusing
 from k2ssl.decode.results import Result, from_line, to_line
+from k2ssl.train.differences import differences
 from k2ssl.train.ledger import LEDGER
-from k2ssl.train.state import differences
 
 RECORD = "decode.json"
 HYPOTHESES = "hypotheses.jsonl"

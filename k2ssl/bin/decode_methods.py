@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -176,9 +176,8 @@ class Recognizer:
         """The words with their times, of audio of so many samples."""
         trained, tokens = self.trained, hypothesis.tokens
         numbers, texts = trained.tokenizer.word_numbers(tokens), self.text(hypothesis).split()
-        words = word_times(texts, numbers, hypothesis.frames, trained.seconds_per_frame, trained.num_frames(num_samples))
-        seconds = round(num_samples / trained.sample_rate, 3)  # the last frame of a down-sampled output may reach beyond
-        return tuple(replace(word, end=max(word.begin, min(word.end, seconds))) for word in words)
+        frames, seconds = trained.num_frames(num_samples), num_samples / trained.sample_rate
+        return word_times(texts, numbers, hypothesis.frames, trained.seconds_per_frame, frames, seconds=seconds)
 
 
 def build_recognizer(method: Method, config: SearchConfig, trained: TrainedModel) -> Recognizer:

@@ -43,7 +43,7 @@ from k2ssl.bin.cluster_features import HiddenConfig, build_features, choose_devi
 from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.config import ConfigError, dump
 from k2ssl.labelling.assign import LoadedFrames
 from k2ssl.labelling.corpus_parts import PartCounter

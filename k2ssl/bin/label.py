@@ -45,7 +45,7 @@ from k2ssl.bin.cluster_features import choose_device, features_of, peak_memory
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.quality_report import CompareConfig, Comparison, measure_store, open_comparison, write_report
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.config import dump
 from k2ssl.labelling.assign import LabelledBatch, label_batches
 from k2ssl.labelling.features import FeatureFunction

@@ -17,7 +17,7 @@ from pathlib import Path
 from k2ssl.bin.output_file import check_output, refuse_existing
 from k2ssl.bin.program import run_program
 from k2ssl.bin.quality_report import CompareConfig, measure_store, open_comparison, picture_path, write_report
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.config import ConfigError
 
 

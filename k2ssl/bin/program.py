@@ -4,7 +4,7 @@ Exit status: 0 done; 1 the run failed; 2 refused: wrong usage or settings, outpu
 that no work was begun and nothing was touched; 130 interrupted.
 
 A program looks at everything it can before its work begins, and what it finds there is a `ConfigError`, whoever raised it
-(`k2ssl.bin.run_folder.refusing`). What only the work itself can find, such as a damaged line in the middle of a text, has status 1.
+(`k2ssl.bin.refusal.refusing`). What only the work itself can find, such as a damaged line in the middle of a text, has status 1.
 """
 
 from __future__ import annotations

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from k2ssl import distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
-from k2ssl.config import ConfigError, dump
+from k2ssl.bin.folder_lock import CHECKPOINTS
+from k2ssl.config import dump
 from k2ssl.train.checkpoint import CheckpointFolder, check_records, open_checkpoint
-from k2ssl.train.ledger import LEDGER
-from k2ssl.train.state import differences
+from k2ssl.train.differences import differences
 from k2ssl.train.trainer import Trainer, TrainerConfig
 
 SETTINGS = "settings.json"
-
-_CHECKPOINTS, _LOCK = "checkpoints", ".lock"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Se
     Raises:
         ValueError: there is a run in `output` and it is another one or must not be resumed, or no checkpoint can be read.
     """
-    folder = output / _CHECKPOINTS
+    folder = output / CHECKPOINTS
     found = CheckpointFolder(folder, TrainerConfig().keep).latest() if folder.is_dir() else None
     if resume not in ("auto", "never"):
         asked = Path(resume)
@@ -79,64 +70,6 @@ def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Se
             "--accept-changes True"
         )
     return Start(found, changes)
-
-
-@contextmanager
-def alone_in(output: Path) -> Iterator[None]:
-    """Hold the folder, on rank 0: a second process that would work in it is refused. The system lets go of it when we end, however.
-
-    A folder in which nothing was written meanwhile is left as it was found, which may be not at all.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    made = [path for path in (output, *output.parents) if not path.exists()]
-    with _locked(writable_folder(output) / _LOCK):
-        try:
-            yield
-        finally:
-            if _is_unused(output):
-                (output / LEDGER).unlink(missing_ok=True)
-                (output / _LOCK).unlink(missing_ok=True)
-                for path in [output / _CHECKPOINTS, *made]:
-                    with suppress(OSError):  # not there, or somebody else's by now
-                        path.rmdir()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    while True:
-        with open(path, "a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(
-                    f"{path.parent}: another process works in this folder; wait for it, or choose another output folder"
-                ) from error
-            except OSError:
-                _log.warning("%s: this file system has no locks, so nothing keeps a second process out of it", path.parent)
-            if _is_at(path, lock):
-                yield
-                return
-
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether the open file still has its name; a process that ended may have removed it after we opened it."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def _is_unused(output: Path) -> bool:
-    """Nothing but what is there before the first byte is written."""
-    there = {path.name for path in output.iterdir()}
-    ledger, checkpoints = output / LEDGER, output / _CHECKPOINTS
-    return (
-        there <= {_LOCK, LEDGER, _CHECKPOINTS}
-        and (not ledger.exists() or ledger.stat().st_size == 0)
-        and (not checkpoints.exists() or not any(checkpoints.iterdir()))
-    )
 
 
 def record_settings(output: Path, job: Any) -> None:
@@ -176,27 +109,6 @@ def checkpoint_bytes(trainer: Trainer) -> int:
     """Of one checkpoint: weights and two moments in float32, the running average in float64."""
     params = sum(param.numel() for param in trainer.model.parameters())
     return params * (4 + 8 + (8 if trainer.config.average_period else 0))
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """What is found wrong inside, before training, is told as wrong settings (exit status 2); ranks fail together.
-
-    Raises:
-        ConfigError: instead of a `ValueError`.
-    """
-    try:
-        with distributed.failing_together():
-            yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def say(*lines: str) -> None:
-    """Lines for people, on rank 0."""
-    lines = tuple(line for line in lines if line)
-    if lines and distributed.is_main():
-        print("\n".join(lines), flush=True)
 
 
 def _is_within(path: str, tables: Sequence[str]) -> bool:

@@ -25,8 +25,10 @@ import torch
 from k2ssl import distributed
 from k2ssl.bin.cluster_cuts import check_device, check_files
 from k2ssl.bin.cluster_features import choose_device
+from k2ssl.bin.folder_lock import alone_in
 from k2ssl.bin.program import run_program
-from k2ssl.bin.run_folder import Start, alone_in, check_disk, find_start, record_settings, refusing, say
+from k2ssl.bin.refusal import refusing, say
+from k2ssl.bin.run_folder import Start, check_disk, find_start, record_settings
 from k2ssl.bin.sentences import Sentences
 from k2ssl.config import ConfigError
 from k2ssl.data.text_batches import TextLoader, TokenizedText

@@ -23,7 +23,7 @@ from k2ssl.atomic_file import atomic_file
 from k2ssl.bin.cluster_cuts import CutLists, check_files
 from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.bin.sentences import Sentences
 from k2ssl.config import dump
 from k2ssl.data.tokenizer import NormalizationConfig, Tokenizer, load_tokenizer

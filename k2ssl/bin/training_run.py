@@ -17,7 +17,9 @@ from torch import nn
 from k2ssl import distributed
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.diagnose import Diagnosis, diagnose
-from k2ssl.bin.run_folder import Start, alone_in, check_disk, find_start, record_settings, refusing, say
+from k2ssl.bin.folder_lock import alone_in
+from k2ssl.bin.refusal import refusing, say
+from k2ssl.bin.run_folder import Start, check_disk, find_start, record_settings
 from k2ssl.bin.trials import PreflightConfig, estimate, run_preflight, tune_micro_batch
 from k2ssl.config import ConfigError
 from k2ssl.models.frontend import WaveformFrontend

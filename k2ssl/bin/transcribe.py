@@ -21,17 +21,17 @@ from typing import Literal
 
 import torch
 
-from k2ssl.atomic_file import atomic_file, writable_folder
+from k2ssl.atomic_file import atomic_file
 from k2ssl.bin.cluster_cuts import check_device, check_files
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_methods import Method, Recognizer, SearchConfig, build_recognizer, options_of
 from k2ssl.bin.decode_model import TrainedModel, check_checkpoints, load_trained
+from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.bin.transcribe_audio import STDIN, AudioReader, recognize
 from k2ssl.bin.transcribe_formats import Format, Transcript, formatted, name_of
-from k2ssl.config import ConfigError
 from k2ssl.models.load import Weights
 from k2ssl.train.precision import Precision, choose_precision
 
@@ -48,6 +48,7 @@ class Transcribe:
         format: text, a line for each file; json, a line for each file with the times of all words; srt, subtitles, of one file; ctm, a line
             for each word.
         output: file to write to; none: standard output.
+        overwrite: replace OUTPUT if it exists.
         method: the search, as for k2ssl.bin.decode; auto: modified-beam if there is a transducer, else ctc-greedy.
         search: its options.
         weights: raw, as the last optimizer step left them, or average, the mean over all steps that a training checkpoint holds.
@@ -62,6 +63,7 @@ class Transcribe:
     audio: tuple[str, ...]
     format: Format = "text"
     output: str | None = None
+    overwrite: bool = False
     method: Literal["auto", Method] = "auto"
     search: SearchConfig = field(default_factory=SearchConfig)
     weights: Weights = "raw"
@@ -110,13 +112,11 @@ def transcribe(job: Transcribe) -> None:
     device = torch.device(choose_device(job.device))
     check_checkpoints((job.checkpoint,), job.weights, None)
     check_files(**job.search.files())
-    if job.output is not None and Path(job.output).is_dir():
-        raise ConfigError(f"output is {job.output}, which is a folder; a file is needed")
+    if job.output is not None:
+        check_output(job.output, job.overwrite)
     with refusing():
         trained = load_trained((job.checkpoint,), job.weights, None, device, choose_precision(job.precision, device))
         recognizer = build_recognizer(_method(job, trained), job.search, trained)
-        if job.output is not None:
-            writable_folder(Path(job.output).parent)
     unread = 0
     with _sink(job.output) as write, AudioProgress("transcribe", None) as progress:
         reader = AudioReader(trained.sample_rate, trained.normalize)

@@ -36,7 +36,7 @@ from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
-from k2ssl.bin.run_folder import refusing
+from k2ssl.bin.refusal import refusing
 from k2ssl.bin.tuning_trials import Trial, TrialFile
 from k2ssl.decode.wer import ErrorCounts, count_errors
 from k2ssl.file_hash import file_sha256

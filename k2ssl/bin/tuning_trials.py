@@ -11,7 +11,7 @@ from typing import Any
 from k2ssl.bin.decode_methods import SearchConfig
 from k2ssl.decode.wer import ErrorCounts
 from k2ssl.structure import from_dict
-from k2ssl.train.state import differences
+from k2ssl.train.differences import differences
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from k2ssl.decode.alignment import token_begins
+from k2ssl.decode.alignment import align, token_begins
 from k2ssl.decode.arpa import UNKNOWN, open_text
 from k2ssl.decode.ctc import check_log_probs
 from k2ssl.decode.hypotheses import Hypothesis
@@ -31,6 +31,9 @@ _log = logging.getLogger(__name__)
 PIP_LINE = 'pip install "flashlight-text>=0.0.7"'
 Lexicon = Mapping[str, Sequence[Sequence[str]]]
 
+# A word that is spelled and the same pieces as the beginning of a longer one often score the same, and the package ranks equal scores by where
+# they lie in memory, so that runs would differ; this much more, in nats, decides for the word.
+_TIE = 1e-9
 _NEVER = -1e8  # log-probability of what cannot be; finite, since the package takes differences
 _OTHER = "(none of these)"  # what is none of the words, or none of the pieces
 _DATA_MARK = b"\\data\\"
@@ -122,6 +125,7 @@ class FlashlightSearch:
         needed = [word for word in (ids if lexicon is None else lexicon) if word != UNKNOWN]
         model = decoder.ZeroLM() if lm is None else _read_lm(lm, words, needed, all_of_them=lexicon is None)
         self._num_words = 0 if lexicon is None else len(lexicon)
+        self._spelled: set[tuple[int, ...]] = set()  # the words, without the delimiter
         self._trie = None if lexicon is None else self._build_trie(decoder, lexicon, ids, model)
         self._model = model  # the package does not keep it alive
         self._decoder = self._build_decoder()
@@ -151,7 +155,9 @@ class FlashlightSearch:
 
         Returns:
             Best first; fewer than asked for where fewer differ. A score is log-probability + lm_scale * that of the language model +
-            word_score * words; frames are those where each token begins in its most probable alignment.
+            word_score * words; frames are those where each token begins in its most probable alignment. Where all that a beam holds at the
+            end ends within a word of the lexicon, as in audio that is cut off, the best comes alone and without that beginning of a word,
+            and its score is the log-probability of its most probable alignment.
 
         Raises:
             ValueError: shapes, dtypes or lengths that do not fit, or log-probabilities of nan.
@@ -177,14 +183,30 @@ class FlashlightSearch:
         for result in self._decoder.decode(emissions.data_ptr(), *emissions.shape):
             # a place before the first frame and one behind the last, which tells how the end was reached
             path = result.tokens[1 : 1 + len(log_probs)]
-            tokens = tuple(token for token, _ in groupby(path) if token != self.blank)
-            found.setdefault(tokens, result.score)  # words of the same spelling are one hypothesis
+            end = self._end_of_words(path, result.words[1:])
+            if end is not None:  # the package gives whole words alone where there are any
+                return [_aligned(self._collapse(path[:end]), log_probs.clamp(min=_NEVER), self.blank)]
+            found.setdefault(self._collapse(path), result.score)  # words of the same spelling are one hypothesis
             if len(found) == num_hypotheses:
                 break
         transcripts, scores = list(found), list(found.values())
         lens = torch.full((len(transcripts),), len(log_probs))
         begins = token_begins(log_probs.expand(len(transcripts), -1, -1), lens, transcripts, self.blank)
         return [Hypothesis(*parts) for parts in zip(transcripts, scores, begins, strict=True)]
+
+    def _collapse(self, path: Sequence[int]) -> tuple[int, ...]:
+        return tuple(token for token, _ in groupby(path) if token != self.blank)
+
+    def _end_of_words(self, path: Sequence[int], words: Sequence[int]) -> int | None:
+        """Of a path that ends within a word of the lexicon the number of frames up to the end of its last whole word; None of other paths.
+
+        A beginning that spells a shorter word counts as whole: the package leaves that one out where its last piece lasts.
+        """
+        if self._trie is None:
+            return None
+        end = max((frame + 1 for frame, word in enumerate(words) if word >= 0), default=0)
+        rest = tuple(token for token in self._collapse(path[end:]) if token != self._silence)
+        return None if not rest else len(path) if rest in self._spelled else end
 
     def _build_decoder(self) -> Any:
         decoder, config = self._package, self.config
@@ -199,7 +221,7 @@ class FlashlightSearch:
         }
         if self._trie is None:
             return decoder.LexiconFreeDecoder(decoder.LexiconFreeDecoderOptions(**options), self._model, self._silence, self.blank, [])
-        scored = decoder.LexiconDecoderOptions(**options, word_score=config.word_score, unk_score=-math.inf)
+        scored = decoder.LexiconDecoderOptions(**options, word_score=config.word_score + _TIE, unk_score=-math.inf)
         return decoder.LexiconDecoder(scored, self._trie, self._model, self._silence, self.blank, self._num_words, [], False)
 
     def _build_trie(self, decoder: Any, lexicon: Lexicon, ids: Mapping[str, int], model: Any) -> Any:
@@ -216,9 +238,19 @@ class FlashlightSearch:
                     )
                 if self._ends_words and list(spelling[-1:]) != [self.config.delimiter]:
                     raise ValueError(f"lexicon: the spelling of {word!r} does not end with the delimiter {self.config.delimiter!r}")
-                trie.insert([ids[piece] for piece in spelling], number, score)
+                tokens = [ids[piece] for piece in spelling]
+                trie.insert(tokens, number, score)
+                self._spelled.add(tuple(tokens[:-1] if self._ends_words else tokens))
         trie.smear(decoder.SmearingMode.MAX)
         return trie
+
+
+def _aligned(tokens: tuple[int, ...], log_probs: Tensor, blank: int) -> Hypothesis:
+    """Tokens with the score of their most probable alignment with (T, V)."""
+    transcript = torch.tensor([tokens], dtype=torch.int64)
+    (found,) = align(log_probs.unsqueeze(0), torch.tensor([len(log_probs)]), transcript, torch.tensor([len(tokens)]), blank)
+    assert found is not None, "these frames have spelled the tokens before"
+    return Hypothesis(tokens, found.score, found.begins)
 
 
 def _check_word_score(config: FlashlightConfig, has_lexicon: bool) -> None:

@@ -7,6 +7,7 @@ beyond its last own frame, so that a pause is no part of the word before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from k2ssl.decode.results import Word
@@ -22,6 +23,7 @@ def word_times(
     num_frames: int,
     ends: Sequence[int] | None = None,
     tail_seconds: float = TAIL_SECONDS,
+    seconds: float = math.inf,
 ) -> tuple[Word, ...]:
     """Times of words, in order.
 
@@ -33,6 +35,7 @@ def word_times(
         num_frames: of the utterance; no word lasts longer.
         ends: the frame after each token's last one; without it the frame after its first one.
         tail_seconds: how long a token may last beyond its last frame, s, where no other follows.
+        seconds: of the audio, beyond which the last frame of a down-sampled output may reach; no word does.
 
     Returns:
         The words with begin and end in seconds, rounded to milliseconds.
@@ -54,6 +57,5 @@ def word_times(
         lasts[number] = min(end + tail, following, num_frames)
     if missing := [repr(word) for number, word in enumerate(words) if number not in firsts]:
         raise ValueError(f"word_times: no token is part of {', '.join(missing)}")
-    return tuple(
-        Word(text, round(firsts[number] * frame_seconds, 3), round(lasts[number] * frame_seconds, 3)) for number, text in enumerate(words)
-    )
+    times = ((round(firsts[n] * frame_seconds, 3), round(min(lasts[n] * frame_seconds, seconds), 3)) for n in range(len(words)))
+    return tuple(Word(text, begin, max(begin, end)) for text, (begin, end) in zip(words, times, strict=True))

@@ -35,7 +35,8 @@ class Ledger:
     """Accounts for one session. Rank 0 writes, the others do nothing.
 
     A GPU-hour is one hour of wall time of one GPU, busy or not, from the making of this object; a run on GPUs counts no CPU-hours. A
-    CPU-hour is wall time x threads (`torch.get_num_threads()`) x processes; loader workers are not counted. Memory is that of rank 0.
+    CPU-hour is wall time x threads (`torch.get_num_threads()`) x processes; loader workers are not counted. Memory is that of rank 0. The
+    real-time factor is wall time by audio, null where there is none.
 
     A context manager: the session ends as done, interrupted (KeyboardInterrupt, SystemExit) or failed (any other exception).
     """
@@ -98,6 +99,7 @@ class Ledger:
             "gpu_seconds": seconds * self._num_devices if on_gpu else 0.0,
             "cpu_seconds": 0.0 if on_gpu else seconds * self._num_devices * torch.get_num_threads(),
             "audio_seconds": self._audio_seconds,
+            "real_time_factor": seconds / self._audio_seconds if self._audio_seconds else None,
             "steps": self._steps,
             "peak_gpu_bytes": self._peak_gpu,
             "peak_host_bytes": self._peak_host,

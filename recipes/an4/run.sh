@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real speech in an hour or two of one CPU core: a small Zipformer is pre-trained on AN4's training audio and on any other audio at hand, then
 # fine-tuned on AN4's transcripts, with CTC alone and with a transducer beside CTC, each from the pre-trained encoder and from scratch with as
-# many updates; the test set is recognised by greedy search and scored.
+# many updates; the test set is recognised by greedy search, with --searches all by every search and with language models, and scored.
 #
 #   bash recipes/an4/run.sh --corpus-dir an4 --audio-dir recordings,more --out exp/an4
 #
@@ -18,12 +18,14 @@ finetune_steps=2000  # updates of 30 s
 pretrain_averaged=200  # of the last updates of pre-training, over which weights are averaged before they are used
 finetune_averaged=250  # the same of fine-tuning
 init_batch_count=20000  # where the schedules inside a pre-trained encoder begin; see the program's --help
+searches=greedy  # greedy; all: every search too, alone and with n-grams of the training transcripts and the corpus' an4.lm (needs k2ssl[lm])
 seed=42  # of the weights that are drawn and of the order of the data
 device=auto  # auto, cpu, cuda
 num_workers=1  # processes that read audio
 quiet=False  # True: plain lines instead of progress bars
 parse_options "$@"
 need_whole_numbers pretrain_steps finetune_steps pretrain_averaged finetune_averaged init_batch_count seed num_workers
+need_one_of searches greedy all
 
 recipe=$(dirname "$recipe_script")
 for part in pretrain finetune; do
@@ -75,20 +77,60 @@ if in_stages 5 "fine-tuning"; then
     done
 fi
 
+# How the test set is recognised by $1, METHOD or METHOD+MODEL each; scales are the defaults, since there is no development set.
+searches_of() {
+    case $searches,$1 in
+    greedy,ctc_*) echo ctc-greedy ;;
+    greedy,*) echo ctc-greedy greedy ;;
+    all,ctc_*) echo ctc-greedy ctc-prefix-beam{,+letters} ctc-lexicon-free+letters ctc-lexicon{,+words,+an4} ;;
+    all,*) echo ctc-greedy greedy modified-beam{,+letters} ctc-lexicon+words ;;
+    esac
+}
+
+# The options of one of these, in the array `options`.
+read_options() {
+    options=()
+    [[ $1 != ctc-lexicon && $1 != ctc-lexicon+* ]] || options+=(--search.lexicon "$out/lm/words.txt")
+    case $1 in
+    *+an4) options+=(--search.lm "$corpus_dir/etc/an4.lm") ;;
+    *+*) options+=(--search.lm "$out/lm/${1#*+}.arpa") ;;
+    esac
+    [ "$1" != ctc-lexicon-free+letters ] || options+=(--search.lm-scale 0.3) # that of ctc-prefix-beam
+}
+
+# A language model of the training transcripts: make_lm NAME FLAG...
+make_lm() {
+    local _file=$out/lm/$1.arpa
+    shift
+    is_made "$_file" "$@" && return
+    run "$python" -m k2ssl.bin.train_ngram --cuts "$out/cuts/cuts_train.jsonl.gz" "$@" --output "$_file"
+    now_made "$_file" "$@"
+}
+
+# The words of an ARPA file, one a line.
+words_of() { awk '$0 == "\\1-grams:" { on = 1; next } /^\\/ { on = 0 } on && NF > 1 && $2 !~ /^</ { print $2 }' "$1"; }
+
 hypotheses=()
 for system in "${systems[@]}"; do
-    hypotheses+=("$out/decode/$system-ctc-greedy/hypotheses.jsonl")
-    [[ $system == ctc_* ]] || hypotheses+=("$out/decode/$system-greedy/hypotheses.jsonl")
+    for name in $(searches_of "$system"); do hypotheses+=("$out/decode/$system-$name/hypotheses.jsonl"); done
 done
 
 if in_stages 6 "recognition"; then
+    if [ "$searches" = all ]; then
+        need_file "$out/letters.pt" "tokenizer" 2
+        make_lm letters --tokenizer "$out/letters.pt" --order 6
+        make_lm words --order 3
+        $dry_run || words_of "$out/lm/words.arpa" >"$out/lm/words.txt"
+    fi
     for file in "${hypotheses[@]}"; do
         folder=$(dirname "$file")
         name=$(basename "$folder")
         system=${name%%-*}
         model=$(last_checkpoint "$system" "$finetune_steps")
         need_file "$model" "last checkpoint of $system" 5
-        decode "$folder" "$model" "${name#*-}" --cuts "$out/cuts/cuts_test.jsonl.gz" --weights average \
+        name=${name#*-}
+        read_options "$name"
+        decode "$folder" "$model" "${name%+*}" ${options[@]+"${options[@]}"} --cuts "$out/cuts/cuts_test.jsonl.gz" --weights average \
             --after "$(earlier_checkpoint "$system" "$finetune_steps" "$finetune_averaged")"
     done
 fi

@@ -11,7 +11,7 @@
 # 9 averages, 10 language models and recognition, 11 scores, 12 tables. What is finished is skipped, what was interrupted goes on.
 #
 # --subset mini sets these where they are not given: sets train-clean-5, dev-clean-2, test-clean; configurations zipformer_logmel (folder/conf),
-# zipformer_mini_iter2, ctc_letters_mini and transducer_bpe_mini; labels of stack 2 in 100 clusters; 100 pieces; averages over 200 and 500
+# zipformer_mini_iter2, ctc_letters_mini and transducer_bpe_mini; labels of stack 2 in 100 clusters; 300 mini-batches of k-means at most; 100 pieces; averages over 200 and 500
 # updates, and averaged weights to go on from, at batch 20000.
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 . "$(dirname "${BASH_SOURCE[0]}")/../stages.sh"
@@ -74,6 +74,7 @@ if [ "$subset" = mini ]; then
     unless_given pretrain2_conf recipes/librispeech/conf/zipformer_mini_iter2.toml
     unless_given ctc_conf recipes/librispeech/conf/finetune/ctc_letters_mini.toml
     unless_given transducer_conf recipes/librispeech/conf/finetune/transducer_bpe_mini.toml
+    unless_given kmeans_batches 300
     unless_given layer_clusters 100
     unless_given label_layer stack2
     unless_given vocab_size 100

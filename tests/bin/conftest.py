@@ -105,6 +105,10 @@ class Reader:
         checkpoints: of steps 40 and 80; the second one reads well.
     """
 
+    LEAD: ClassVar[float] = 0.1  # seconds of silence before the first tone
+    TONE: ClassVar[float] = 0.12  # that a tone lasts
+    STEP: ClassVar[float] = 0.15  # from the beginning of a tone to that of the next
+
     words: Any
     checkpoints: tuple[Path, Path]
 
@@ -114,6 +118,17 @@ class Reader:
 
     def texts(self, split: str = "valid") -> list[str]:
         return [cut.supervisions[0].text for cut in read_cuts(self.words.cuts(split))]
+
+    def tones(self, text: str) -> list[tuple[str, float, float]]:
+        """Every letter with its begin and end in the audio, in seconds."""
+        begins = (self.LEAD + i * self.STEP for i in range(len(text)))
+        return [(letter, begin, begin + self.TONE) for letter, begin in zip(text, begins, strict=True) if letter != " "]
+
+    def words_in(self, text: str) -> list[tuple[str, float, float]]:
+        """Every word with the begin of its first letter and the end of its last one."""
+        rest = iter(self.tones(text))
+        letters = [(word, [next(rest) for _ in word]) for word in text.split(" ")]
+        return [(word, tones[0][1], tones[-1][2]) for word, tones in letters]
 
     def audio(self, number: int, split: str = "valid") -> Path:
         return self.words.folder / f"{split}{number:02d}.wav"

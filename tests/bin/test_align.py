@@ -22,8 +22,6 @@ from k2ssl.decode.results import Word
 from k2ssl.labelling.alignments import read_alignments
 from k2ssl.train.ledger import total
 
-LEAD, TONE, STEP = 0.1, 0.12, 0.15  # seconds of silence before the first tone, of a tone, from one to the next
-
 
 @pytest.fixture
 def command(reader: Any, tmp_path: Path) -> Callable[..., list[str]]:
@@ -49,21 +47,6 @@ def lines(path: Path) -> dict[str, list[list[str]]]:
     return found
 
 
-def tones(text: str) -> list[tuple[str, float, float]]:
-    """Every letter with its begin and end."""
-    return [(letter, LEAD + i * STEP, LEAD + i * STEP + TONE) for i, letter in enumerate(text) if letter != " "]
-
-
-def words(text: str) -> list[tuple[str, float, float]]:
-    """Every word with the begin of its first letter and the end of its last one."""
-    found, position = [], 0
-    for word in text.split():
-        letters = tones(" " * position + word)
-        found.append((word, letters[0][1], letters[-1][2]))
-        position += len(word) + 1
-    return found
-
-
 def changed(reader: Any, folder: Path, change: Callable[[int, Any], Any]) -> str:
     """A manifest of the validation cuts after a change of each, None to leave it out."""
     cuts = [change(number, cut) for number, cut in enumerate(CutSet.from_file(reader.words.cuts("valid")))]
@@ -78,7 +61,7 @@ def test_words_are_found_where_they_were_said(reader: Any, command: Callable[...
     for number, text in enumerate(reader.texts()):
         rows = found[f"valid{number:02d}"]
         assert [row[4] for row in rows] == text.split() and {row[1] for row in rows} == {"1"} and {len(row) for row in rows} == {6}
-        for row, (_, begin, end) in zip(rows, words(text), strict=True):
+        for row, (_, begin, end) in zip(rows, reader.words_in(text), strict=True):
             assert abs(float(row[2]) - begin) < 0.1 and abs(float(row[2]) + float(row[3]) - end) < 0.1
             assert float(row[2]) < end and float(row[2]) + float(row[3]) > begin
             assert 0.1 < float(row[5]) <= 1
@@ -92,7 +75,7 @@ def test_the_label_quality_report_reads_what_it_writes(reader: Any, command: Cal
     assert alignments.phones == ("A", "B", "C", "D", "|")
     hits = trials = 0
     for number, text in enumerate(reader.texts()):
-        letters = tones(text)
+        letters = reader.tones(text)
         said = alignments.phones_at(f"valid{number:02d}", np.array([end - 0.02 for _, _, end in letters]))
         hits += sum(phone >= 0 and alignments.phones[phone] == letter for phone, (letter, _, _) in zip(said, letters, strict=True))
         trials += len(letters)
@@ -110,7 +93,7 @@ def label_with_truth(reader: Any, folder: Path) -> Path:
     with LabelShardWriter(folder, 0, 1, 5, 50.0, Lineage("mfcc", {}, "truth", None, cut_list_hash(cuts)), sampling_rate=16000) as writer:
         for cut, text in zip(cuts, reader.texts(), strict=True):
             times = (np.arange((cut.num_samples - 400) // 320 + 1) + 0.5) / 50
-            place = np.floor((times - LEAD) / STEP).astype(int).clip(0, len(text) - 1)
+            place = np.floor((times - reader.LEAD) / reader.STEP).astype(int).clip(0, len(text) - 1)
             writer.write(cut.id, np.array([" ABCD".index(text[i]) for i in place]))
     merge_shards(folder)
     return folder

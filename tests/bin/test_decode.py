@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,18 @@ from k2ssl.train.ledger import total
 
 METHODS = get_args(Method)
 ALONE = ("--loader.max-duration", "0.001")  # every utterance is a batch of its own
+KILLED = """
+import os, signal, sys
+from k2ssl.bin import decode
+plain, seen = decode.results_of, []
+def results_of(*arguments):
+    seen.append(1)
+    if len(seen) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*arguments)
+decode.results_of = results_of
+sys.exit(decode.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -87,6 +100,9 @@ def test_every_method_reads_what_was_said_alike_alone_and_in_a_batch(
     for one in batch:
         assert " ".join(word.text for word in one.words) == one.hyp
         assert all(word.end <= one.duration for word in one.words)
+        if one.hyp == one.ref:
+            for word, (_, begin, end) in zip(one.words, reader.words_in(one.hyp), strict=True):
+                assert abs(word.begin - begin) < reader.STEP and abs(word.end - end) < reader.STEP
 
 
 def test_the_record_says_what_was_decoded_how_fast_and_with_how_much_memory(
@@ -102,6 +118,8 @@ def test_the_record_says_what_was_decoded_how_fast_and_with_how_much_memory(
     assert result["utterances"] == 10 and result["audio_seconds"] == pytest.approx(audio) == result["decoded_seconds"]
     assert result["real_time_factor"] == result["wall_seconds"] / result["decoded_seconds"]
     assert 0 < result["peak_host_bytes"] < 2**36
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert lines[-1]["real_time_factor"] == pytest.approx(lines[-1]["wall_seconds"] / audio) and lines[-1]["real_time_factor"] > 0
     used = total(folder)
     assert used.sessions == {"done": 1} and list(used.by_program) == ["decode"] and used.audio_hours * 3600 == pytest.approx(audio)
 
@@ -183,6 +201,23 @@ def test_an_interrupted_run_goes_on_and_ends_as_one_that_was_not(
     assert again == seen[5:6] + [name for name in again if name not in seen[:6]] and len(again) == 5
     assert (tmp_path / "out/hypotheses.jsonl").read_bytes() == (tmp_path / "whole/hypotheses.jsonl").read_bytes()
     assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decode.main(command(*ALONE, output="whole", method="modified-beam")) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    child = [sys.executable, "-c", KILLED, *command(*ALONE, method="modified-beam")]
+    killed = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "decode.json", "ledger.jsonl", "part-00000.jsonl"]
+    capsys.readouterr()
+    assert decode.main(command(*ALONE, method="modified-beam")) == 0
+    assert "4 of 10 utterances are decoded already" in capsys.readouterr().out
+    for one, two in zip(results(tmp_path / "out"), results(tmp_path / "whole"), strict=True):
+        assert (one.id, one.hyp, one.ref) == (two.id, two.hyp, two.ref) and one.score == pytest.approx(two.score, abs=1e-4)
+    assert total(tmp_path / "out").sessions == {"done": 1}, "the killed one had not written yet"
 
 
 def test_what_a_rank_has_found_outlives_its_being_killed_and_is_found_by_all(tmp_path: Path) -> None:

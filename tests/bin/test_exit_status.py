@@ -19,6 +19,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "fit_kmeans": ("--cuts CUTS --device cpu --kmeans.num-clusters 2 --loader.num-workers 0", "k.pt"),
     "label_report": ("--labels LABELS", "report.json"),
     "score": ("RESULTS", "out/report.txt"),
+    "transcribe": ("MODEL AUDIO --device cpu", "talk.txt"),
     "train_ngram": ("--cuts CUTS --order 2", "words.arpa"),
     "train_tokenizer": ("--cuts CUTS --kind letters", "letters.pt"),
     "tune_lm": ("MODEL --cuts CUTS --method ctc-prefix-beam --token-scores 0 1 --device cpu", "best.json"),
@@ -32,7 +33,7 @@ def inputs(reader: Any, tmp_path: Path) -> dict[str, str]:
     results = tmp_path / "results.jsonl"
     results.write_text(to_line(Result("a", "b", -1.0, 1.0, "b")) + "\n")
     files = {"CUTS": reader.words.cuts("valid"), "EARLIER": reader.checkpoints[0], "MODEL": reader.checkpoint, "RESULTS": results}
-    return {**{name: str(path) for name, path in files.items()}, "LABELS": str(tmp_path / "labels")}
+    return {**{name: str(path) for name, path in files.items()}, "AUDIO": str(reader.audio(0)), "LABELS": str(tmp_path / "labels")}
 
 
 def run(program: str, inputs: dict[str, str], output: Path) -> int:

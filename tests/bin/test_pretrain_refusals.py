@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from k2ssl.bin import pretrain, training_run
+from k2ssl.bin.folder_lock import alone_in
 from k2ssl.bin.pretrain_remarks import settings_without_effect
 from k2ssl.bin.program import run_program
-from k2ssl.bin.run_folder import alone_in
 from k2ssl.config import load
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.models.load import load_model

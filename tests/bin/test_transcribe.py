@@ -123,6 +123,11 @@ def test_audio_is_not_written_over_and_names_in_a_ctm_differ(
     monkeypatch.chdir(tmp_path)
     run(audio, "--output", "one.wav", status=2)
     assert "output is one.wav, which is read" in run.error and audio.read_bytes() == content  # type: ignore[attr-defined]
+    (tmp_path / "mine.txt").write_text("mine")
+    run(audio, "--output", "mine.txt", status=2)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    run(audio, "--output", "mine.txt", "--overwrite", "True")
+    assert (tmp_path / "mine.txt").read_text() == f"{reader.texts()[0]}\n"
     run(audio, "--output", tmp_path, status=2)
     assert "which is a folder; a file is needed" in run.error  # type: ignore[attr-defined]
     run(audio, "elsewhere/one.flac", "--format", "ctm", status=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from k2ssl.decode.alignment import align
 from k2ssl.decode.ctc_beam import prefix_beam_search
 from k2ssl.decode.flashlight import PIP_LINE, FlashlightConfig, FlashlightSearch, spellings
+from k2ssl.decode.hypotheses import Hypothesis
 
 PIECES = ("<blk>", "a", "b", "|")
 WORDS = {"a": [["a", "|"]], "ab": [["a", "b", "|"]], "bb": [["b", "b", "|"]]}
@@ -229,6 +232,46 @@ def test_words_of_the_lexicon_win_over_what_the_frames_say() -> None:
     ((best,),) = FlashlightSearch(FlashlightConfig(delimiter="|"), PIECES, 0, WORDS).search(log_probs, torch.tensor([7]))
     assert words_of(free.tokens) == ("ab", "ba") and words_of(best.tokens) in (("ab", "a"), ("ab", "bb"))
     assert best.score < free.score and len(best.frames) == len(best.tokens)
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("delimiter", ["", "|"])
+def test_of_a_word_that_the_end_cuts_off_nothing_is_left(delimiter: str) -> None:
+    def found(path: list[int], beam: int, *words: str) -> list[Hypothesis]:
+        lexicon = {word: [[*word, *delimiter]] for word in words}
+        config = FlashlightConfig(beam=beam, delimiter=delimiter, word_score=-0.1)  # no ties, which the package resolves by chance
+        log_probs, lens = torch.full((1, len(path), 4), 0.02).log(), torch.tensor([len(path)])
+        log_probs[0, torch.arange(len(path)), torch.tensor(path)] = math.log(0.94)
+        (hypotheses,) = FlashlightSearch(config, PIECES, 0, lexicon).search(log_probs, lens, beam)
+        for one in hypotheses:
+            (aligned,) = align(log_probs, lens, torch.tensor([one.tokens]).long(), torch.tensor([len(one.tokens)]))
+            assert aligned is not None and one.frames == aligned.begins and aligned.score - 0.5 <= one.score < 0
+            assert all(re.fullmatch(f"({'|'.join(words)})+", word) for word in words_of(one.tokens))
+        return hypotheses
+
+    # "abba" and "abb": a beam that holds nothing else at its end
+    (cut,) = found([1, 2, 0, 2, 1, *([3] if delimiter else [0]), 0, 1, 2, 0, 2], 1, "abba")
+    assert words_of(cut.tokens) == ("abba",)
+    (nothing,) = found([1, 2, 0, 2], 1, "abba")
+    assert nothing.tokens == () and nothing.score == pytest.approx(3 * math.log(0.02) + math.log(0.94), abs=1e-4)
+    # "ab", whose end lasts two frames: the beginning of "abba", and a word itself
+    (whole,) = found([1, 2, 2], 1, "ab", "abba")
+    assert whole.tokens == (1, 2) and whole.score == pytest.approx(3 * math.log(0.94) - 0.1 * bool(delimiter), abs=1e-4)
+    # where the beam holds whole words there are these alone
+    assert len(found([1, 2, 0, 2], 100, "a", "abba")) > 1
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("lexicon", [("ab", "abba"), ("abba", "ab"), ("abba", "abb", "ab")])
+def test_of_equal_scores_the_whole_word_wins_over_the_beginning_of_a_longer_one(lexicon: tuple[str, ...]) -> None:
+    log_probs = torch.full((1, 4, 4), 0.02).log()
+    log_probs[0, torch.arange(4), torch.tensor([1, 2, 0, 0])] = math.log(0.94)
+    search = FlashlightSearch(FlashlightConfig(beam=1, log_add=False), PIECES, 0, {word: [[*word]] for word in lexicon})
+    ((best,),) = search.search(log_probs, torch.tensor([4]))
+    assert best.tokens == (1, 2) and best.score == pytest.approx(4 * math.log(0.94), abs=1e-6)
+    emissions = torch.nn.functional.pad(log_probs[0], (0, 1), value=-1e8).contiguous()  # a class that no piece has
+    (found,) = search._decoder.decode(emissions.data_ptr(), *emissions.shape)
+    assert found.words == [-1, -1, lexicon.index("ab"), -1, -1, -1]
 
 
 @pytest.mark.usefixtures("package")

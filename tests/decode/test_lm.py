@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from k2ssl.decode.arpa import Arpa, NgramTable, write_arpa
+from k2ssl.decode.flashlight import PIP_LINE
 from k2ssl.decode.kneser_ney import kneser_ney
 from k2ssl.decode.lm import NgramLm, TokenLm
 from k2ssl.decode.ngram_counts import NgramCounter
@@ -160,8 +162,18 @@ def test_ngrams_listed_twice_or_without_their_first_words_are_refused() -> None:
         NgramLm(Arpa(words, (single, table((2, 2), (1, 2)), table((1, 2, 3), (2, 3, 0)))), pieces)
 
 
+def scores_of(model: Any, tokens: list[int]) -> list[float]:
+    """Decimal logarithms that KenLM gives the tokens of a sentence and its end."""
+    scores, state = [], model.start(False)
+    for token in tokens:
+        state, score = model.score(state, token)
+        scores.append(score)
+    return [*scores, model.finish(state)[1]]
+
+
 def test_scores_are_those_of_kenlm(ngrams, agreement, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    kenlm = pytest.importorskip("kenlm")
+    kenlm = pytest.importorskip("flashlight.lib.text.decoder.kenlm", reason=f"the package that holds KenLM: {PIP_LINE}")
+    dictionary = pytest.importorskip("flashlight.lib.text.dictionary")
     counter = NgramCounter(4)
     for sentence in ngrams.made_up_text(200):
         counter.add(sentence)
@@ -172,6 +184,6 @@ def test_scores_are_those_of_kenlm(ngrams, agreement, tmp_path: Path) -> None:  
     tokens = torch.from_numpy(np.random.default_rng(0).integers(1, len(pieces), size=(60, 7)))
     rows, finals = walk(NgramLm(model, pieces), tokens)
     ours = torch.cat([rows[:, :-1].gather(2, tokens.unsqueeze(2)).squeeze(2), finals[:, -1:]], dim=1)
-    theirs = kenlm.Model(str(tmp_path / "lm.arpa"))
-    expected = [[score for score, *_ in theirs.full_scores(" ".join(pieces[token] for token in row))] for row in tokens.tolist()]
+    theirs = kenlm.KenLM(str(tmp_path / "lm.arpa"), dictionary.Dictionary(list(pieces)))
+    expected = [scores_of(theirs, row) for row in tokens.tolist()]
     agreement.absolute("n-gram scores against kenlm", ours, torch.tensor(expected, dtype=torch.float64) * math.log(10), 2e-5)

@@ -36,6 +36,13 @@ def test_frames_of_another_length_scale_the_times_but_not_the_tail() -> None:
     assert (word.begin, word.end) == (0.4, round(0.44 + TAIL_SECONDS, 3))
 
 
+def test_no_word_lasts_longer_than_the_audio_nor_ends_before_it_begins() -> None:
+    inside, beyond = word_times(["a", "b"], [0, 1], [10, 24], 0.04, 25, seconds=0.95)
+    assert (inside.begin, inside.end) == (0.4, round(0.44 + TAIL_SECONDS, 3))
+    assert (beyond.begin, beyond.end) == (0.96, 0.96)
+    assert word_times(["a"], [0], [23], 0.04, 25, seconds=0.9875)[0].end == 0.988
+
+
 def test_without_words_there_are_no_times() -> None:
     assert word_times([], [], [], 0.02, 10) == () == word_times([], [-1], [3], 0.02, 10)
 

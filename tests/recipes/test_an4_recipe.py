@@ -7,10 +7,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from k2ssl.bin.decode import Decode
+from k2ssl.bin.decode_methods import Method
 from k2ssl.bin.pretrain import Pretrain
+from k2ssl.bin.score import ScoreJob
+from k2ssl.bin.train_ngram import TrainNgram
 from tests.command_lines import check
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "an4" / "run.sh"
@@ -35,6 +40,24 @@ def test_every_program_understands_the_options_that_it_is_given(tmp_path: Path) 
     (pre,) = [settings for settings in read if isinstance(settings, Pretrain)]
     assert [Path(path).name for path in pre.data.labels] == ["an4_clstk", "books", "more"]
     assert len(pre.data.cuts) == 3 and pre.device == "cpu"
+
+
+def test_all_searches_are_those_of_both_kinds_of_heads_with_the_models_that_they_read(tmp_path: Path) -> None:
+    shown = commands("--corpus-dir", "an4", "--out", tmp_path, "--searches", "all", "--stage", "6", "--stop-stage", "7")
+    read = [check(words) for words in shown]
+    letters, words = (settings for settings in read if isinstance(settings, TrainNgram))
+    assert (letters.order, letters.tokenizer, words.order, words.tokenizer) == (6, str(tmp_path / "letters.pt"), 3, None)
+    decoded = [settings for settings in read if isinstance(settings, Decode)]
+    assert {settings.method for settings in decoded} == set(get_args(Method))
+    models = {(one.method, Path(one.search.lm or "none").name, one.search.lm_scale) for one in decoded}
+    assert models == {
+        *((method, "none", None) for method in ("ctc-greedy", "ctc-prefix-beam", "ctc-lexicon", "greedy", "modified-beam")),
+        *((method, "letters.arpa", None) for method in ("ctc-prefix-beam", "modified-beam")),
+        *(("ctc-lexicon-free", "letters.arpa", 0.3), ("ctc-lexicon", "words.arpa", None), ("ctc-lexicon", "an4.lm", None)),
+    }
+    (scored,) = [settings for settings in read if isinstance(settings, ScoreJob)]
+    assert len(decoded) == 2 * (7 + 5) == len(set(scored.hypotheses))
+    assert {str(Path(one.output) / "hypotheses.jsonl") for one in decoded} == set(scored.hypotheses)
 
 
 def test_scratch_and_pretrained_differ_in_nothing_but_where_the_encoder_begins() -> None:
@@ -70,6 +93,7 @@ def test_weights_are_averaged_between_the_last_two_checkpoints(tmp_path: Path) -
         (["--corpus-dir", "x", "--finetune-averaged", "0"], "--finetune-averaged is 0, at least 1"),
         (["--corpus-dir", "x", "--finetune-steps", "many"], "--finetune-steps is many, a whole number"),
         (["--corpus-dir", "x", "--steps", "4"], "unknown option --steps"),
+        (["--corpus-dir", "x", "--searches", "beam"], "--searches is beam; allowed: greedy all"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> None:

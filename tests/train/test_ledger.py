@@ -47,6 +47,13 @@ def test_a_session_costs_wall_time_times_processes_times_threads(tmp_path: Path,
     assert (used.wall_hours, used.cpu_hours, used.gpu_hours, used.audio_hours, used.steps) == (2.0, 12.0, 0.0, 10.0, 100)
     assert used.sessions == {"done": 1} and used.damaged_lines == 0
     assert list(used.by_program) == ["train"] and used.by_program["train"].cpu_hours == 12.0
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [line["real_time_factor"] for line in lines] == [0.2, 0.2]
+
+
+def test_without_audio_there_is_no_real_time_factor(tmp_path: Path) -> None:
+    session(tmp_path, 10.0, steps=4)
+    assert {json.loads(line)["real_time_factor"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()} == {None}
 
 
 def test_a_gpu_run_counts_gpu_hours_and_no_cpu_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from k2ssl.bin.run_folder import alone_in
+from k2ssl.bin.folder_lock import alone_in
 from k2ssl.train.checkpoint import CheckpointFolder, KeepConfig
 from k2ssl.train.ledger import Ledger
 
 _HOLDS = """
 import sys
 from pathlib import Path
-from k2ssl.bin.run_folder import alone_in
+from k2ssl.bin.folder_lock import alone_in
 with alone_in(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
