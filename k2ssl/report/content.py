@@ -129,7 +129,7 @@ def _lineage(runs: Sequence[Run], chains: Mapping[str, Chain]) -> list[Block]:
 def _references(rows: tuple[Reference, ...]) -> list[Block]:
     blocks: list[Block] = []
     for kind, table in reference_tables(rows).items():
-        blocks += [Heading(f"Reference rows, {kind}", 3), table]
+        blocks += [Heading(f"Reference rows not measured here, {kind}", 3), table]
     return _section("From the literature, not measured here", blocks)
 
 

@@ -113,9 +113,7 @@ def cost_table(systems: Sequence[System]) -> Table:
     )
     rows = [_cost_row(system.name, system.card, system.cost) for system in systems if system.card is not None and system.cost is not None]
     notes = ["Hours are summed along the chain: a run, the model it began with, its labels, and what these were made from."]
-    devices = sorted({device for system in systems if system.cost is not None for device in _kinds(system.cost.total.devices)})
-    if len(devices) > 1:
-        notes.append(f"Not comparable: hours of different devices ({'; '.join(devices)}).")
+    notes += _unlike_hours(systems)
     for system in systems:
         if system.cost is not None and system.cost.missing:
             notes.append(f"≥ in {system.name}: {'; '.join(system.cost.missing)}.")
@@ -257,6 +255,7 @@ def _differences(systems: Sequence[System], names: Mapping[tuple[str, str], str]
     rules = sorted({wer.rule for system in systems for wer in system.results})
     if len(rules) > 1:
         notes.append(f"Not comparable: texts were compared by different rules ({'; '.join(rules)}).")
+    notes += _unlike_hours([system for system in systems if system.results])
     by_updates: dict[int, list[str]] = {}
     for system in systems:
         if system.results and system.cost is not None and system.cost.finetuning_updates is not None:
@@ -265,6 +264,11 @@ def _differences(systems: Sequence[System], names: Mapping[tuple[str, str], str]
         groups = "; ".join(f"{updates:,}: {', '.join(names)}" for updates, names in sorted(by_updates.items()))
         notes.append(f"Fine-tuning updates differ: {groups}.")
     return notes
+
+
+def _unlike_hours(systems: Sequence[System]) -> list[str]:
+    devices = sorted({device for system in systems if system.cost is not None for device in _kinds(system.cost.total.devices)})
+    return [f"Not comparable: hours of different devices ({'; '.join(devices)})."] if len(devices) > 1 else []
 
 
 def _cost_row(name: str, card: Card, cost: Cost) -> tuple[str, ...]:

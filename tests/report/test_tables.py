@@ -91,7 +91,10 @@ def test_unequal_fine_tuning_and_rules_are_noted() -> None:
     table = wer_tables([system("one", wer()), system("two", wer(rule="lower, nfc"), finetuning_updates=70)])[False]
     assert any("Fine-tuning updates differ: 50: one; 70: two" in note for note in table.notes)
     assert any("as-is, nfc; lower, nfc" in note for note in table.notes)
-    assert wer_tables([system("one", wer()), system("two", wer())])[False].notes == ()
+    assert wer_tables([system("one", wer()), system("two", wer(), device="1 x Small")])[False].notes == (
+        "Not comparable: hours of different devices (Big; Small).",
+    )
+    assert wer_tables([system("one", wer()), system("two", wer()), system("none", device="1 x Small")])[False].notes == ()
 
 
 def test_the_headline_is_plain_arithmetic() -> None:
