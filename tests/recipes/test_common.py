@@ -31,6 +31,12 @@ parse_options "$@"
 """
 
 
+def _hears() -> None:
+    """Undo that signals are ignored where the tests run in the background, or behind `nohup`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Made:
     """A recipe of one's own, beside copies of common.sh and stages.sh, whose python is a shell script that prints its arguments."""
 
@@ -60,7 +66,7 @@ class Made:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+            preexec_fn=_hears,
         )
 
     def run(self, *options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
