@@ -200,13 +200,9 @@ need_file() {
     $dry_run || [ -e "$1" ] || _fail "$1 ($2) is missing; stage $3 makes it: bash $(_command_of_stage "$3")"
 }
 
-# need_space FOLDER GIB: end where there is less room on its disk.
-need_space() {
-    local _folder=$1 _free
-    ! $dry_run || return 0
-    until [ -d "$_folder" ]; do _folder=$(dirname "$_folder"); done
-    _free=$(($(df -Pk "$_folder" | awk 'NR == 2 { print $4 }') / 1048576))
-    [ "$_free" -ge "$2" ] || _fail "$1: $_free GiB of disk are free, $2 GiB are needed"
+# need_corpus OPTION PATH "where it comes from": end where a corpus that an option names is not there.
+need_corpus() {
+    $dry_run || [ -d "$2" ] || _fail "--$1 is $2, and there is no such folder; $3"
 }
 
 # End where there is no Python environment.
@@ -289,6 +285,14 @@ need_whole_numbers() {
     local _name
     for _name in "$@"; do
         [[ ${!_name} =~ ^[0-9]+$ ]] || refuse "--${_name//_/-} is ${!_name}, a whole number >= 0 is needed"
+    done
+}
+
+# need_lists NAME...: refuse options that are empty where a list with commas is needed.
+need_lists() {
+    local _name
+    for _name in "$@"; do
+        [ -n "${!_name}" ] || refuse "--${_name//_/-} is empty, one is needed at least"
     done
 }
 

@@ -10,6 +10,26 @@
 # averaged: checkpoints lie as many apart, and the last two stay.
 # shellcheck disable=SC2154
 
+# need_steps NAME...: refuse options that are neither empty nor whole numbers.
+need_steps() {
+    local _name
+    for _name in "$@"; do
+        [ -z "${!_name}" ] || need_whole_numbers "$_name"
+    done
+}
+
+# need_systems: refuse option --systems where it is not of ctc and transducer.
+need_systems() {
+    need_lists systems
+    [[ ,$systems, =~ ^(,(ctc|transducer))+,$ ]] || refuse "--systems is $systems; ctc, transducer or both with a comma between them are known"
+}
+
+# find_conf NAME: let an option that names a configuration of the repository name it from anywhere; fails where there is no such file.
+find_conf() {
+    [ -f "${!1}" ] || printf -v "$1" %s "$repository/${!1}"
+    [ -f "${!1}" ]
+}
+
 # make_tokenizer FILE FLAG...: a tokenizer from transcripts.
 make_tokenizer() {
     local _file=$1

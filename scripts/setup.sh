@@ -66,13 +66,13 @@ find_python() {
 }
 
 use_given_environment() {
-    local python=$1/bin/python objection missing
+    local python=$1/bin/python objection missing line=$'\n'
     [ -e "$python" ] || fail "K2SSL_VENV: there is no environment at $1 (no bin/python); create one or unset K2SSL_VENV"
     objection=$(objection_to "$python")
     [ -z "$objection" ] || fail "K2SSL_VENV: $python $objection"
     if ! missing=$("$python" "$root/scripts/missing_packages.py" dev); then
         fail "K2SSL_VENV: $1 is used as it is, and it lacks:
-$(sed 's/^/  /' <<<"$missing")
+  ${missing//"$line"/$line  }
 Install what is missing yourself:
   $python -m pip install -c $root/constraints.txt -e '${root}[dev]'"
     fi

@@ -28,7 +28,7 @@ shell_syntax() {
     local script status=0
     while IFS= read -r script; do
         bash -n "$script" || status=1
-    done < <(echo .ci/run && find scripts recipes -name '*.sh')
+    done < <(echo .ci/run && find scripts recipes -name '*.sh' -o -name '*.sbatch')
     return $status
 }
 

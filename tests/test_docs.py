@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -46,6 +48,18 @@ def test_every_command_of_a_page_is_understood_by_its_program(page: Path, monkey
                 check(words, arguments=not needs_data)
             except RefusedError as error:
                 pytest.fail(f"{named(page)}: {' '.join(words)}\n{error}")
+
+
+def test_what_python_in_a_page_imports_is_there() -> None:
+    imported = []
+    for page in PAGES:
+        for match in _FENCE.finditer(page.read_text(encoding="utf-8")):
+            if match["language"] == "python":
+                for node in ast.walk(ast.parse(match["body"])):
+                    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("k2ssl"):
+                        imported += [(named(page), node.module, alias.name) for alias in node.names]
+    assert len(imported) >= 7
+    assert [each for each in imported if not hasattr(importlib.import_module(each[1]), each[2])] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

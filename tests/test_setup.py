@@ -22,7 +22,8 @@ else:
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*/run.sh"))
-SCRIPTS = sorted(path for folder in ("recipes", "scripts") for path in (REPOSITORY / folder).rglob("*.sh"))
+SCRIPTS = sorted(path for folder in ("recipes", "scripts") for end in ("sh", "sbatch") for path in (REPOSITORY / folder).rglob(f"*.{end}"))
+SCRIPTS.append(REPOSITORY / ".ci" / "run")
 
 
 def shell(*command: str | Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -159,7 +160,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
     shellcheck = str(beside_python) if beside_python.is_file() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = shell(shellcheck, "--external-sources", "--source-path=SCRIPTDIR", "--severity=info", *SCRIPTS)
+    done = shell(shellcheck, *SCRIPTS)  # with .shellcheckrc
     assert (done.returncode, done.stdout) == (0, "")
 
 

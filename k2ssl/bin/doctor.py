@@ -27,6 +27,8 @@ Checks = Mapping[str, Callable[[], Iterator[Finding]]]
 
 
 _OTHERS = {
+    "numpy": "numpy",
+    "matplotlib": "matplotlib",
     "sentencepiece": "sentencepiece",
     "PIL": "pillow",
     "tqdm": "tqdm",
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         print("doctor: interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"doctor: {error}", file=sys.stderr)
+        print(f"doctor: {given.json} cannot be written: {error.strerror or error}", file=sys.stderr)
         return 1
 
 

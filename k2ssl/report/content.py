@@ -12,7 +12,7 @@ from k2ssl.report.document import Block, Heading, Items, Picture, Table, Text, c
 from k2ssl.report.experiments import Experiments, Run
 from k2ssl.report.origin import command_shown
 from k2ssl.report.pictures import loss_curves, wer_by_hours
-from k2ssl.report.references import Reference, reference_table
+from k2ssl.report.references import Reference, reference_tables
 from k2ssl.report.tables import (
     System,
     compare,
@@ -26,6 +26,7 @@ from k2ssl.report.tables import (
 )
 from k2ssl.train.json_lines import read_json_lines
 
+_TAG = "Ours measured: every row outside of the section on the literature."
 _LM = {False: "without a language model", True: "with a language model"}
 _CAPTIONS = {
     "loss_curves.png": "Training (lines) and validation (dots, dashed).",
@@ -65,12 +66,12 @@ def build(
     pictures = _pictures(experiments, systems)
     drawn = [Picture(name, caption) for name, caption in _CAPTIONS.items() if name in pictures]
     labels = [Picture(_label_file(name), f"Labels {name}") for name in experiments.label_pictures]
-    blocks: list[Block] = [Heading(title, 1), Text(f"Made by k2ssl.bin.report {__version__} from {', '.join(roots)}.")]
+    blocks: list[Block] = [Heading(title, 1), Text(f"Made by k2ssl.bin.report {__version__} from {', '.join(roots)}. {_TAG}")]
     blocks += tables
     blocks += _section("Pictures", drawn)
     blocks += _lineage(tuple(experiments.runs.values()), chains)
     blocks += _section("Label quality", labels)
-    blocks += _section("From the literature, not measured here", [reference_table(references)] if references else [])
+    blocks += _references(references)
     blocks += _section("Passed over", [Items(experiments.remarks)] if experiments.remarks else [])
     texts = {
         "tables.tex": latex(blocks),
@@ -88,7 +89,7 @@ def terminal(report: Report, width: int) -> str:
     for block in report.blocks:
         if isinstance(block, Heading):
             title = block.text
-        elif isinstance(block, Table) and block.name != "references":
+        elif isinstance(block, Table) and not block.name.startswith("references"):
             parts.append(f"{title}\n{plain(block, width)}")
     return "\n\n".join(parts) + "\n"
 
@@ -123,6 +124,13 @@ def _lineage(runs: Sequence[Run], chains: Mapping[str, Chain]) -> list[Block]:
         lines += [] if run.card.command is None else [f"command: {shlex.join(command_shown(run.card.command))}"]
         blocks += [Heading(run.name, 3), Items(tuple(lines))]
     return [Heading("Where each run comes from"), *blocks] if blocks else []
+
+
+def _references(rows: tuple[Reference, ...]) -> list[Block]:
+    blocks: list[Block] = []
+    for kind, table in reference_tables(rows).items():
+        blocks += [Heading(f"Reference rows not measured here, {kind}", 3), table]
+    return _section("From the literature, not measured here", blocks)
 
 
 def _pictures(experiments: Experiments, systems: Sequence[System]) -> dict[str, bytes]:

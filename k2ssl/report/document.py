@@ -17,7 +17,7 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
 th, td { border-bottom: 1px solid #d0d0d0; padding: .3rem .6rem; text-align: left; white-space: nowrap }
 th { border-bottom: 2px solid #808080 } img { max-width: 100% } figure { margin: 1rem 0 } figcaption, .note { color: #505050; font-size: 13px }"""
 _LATEX = {**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-_LATEX |= {"≥": r"$\geq$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
+_LATEX |= {"≥": r"$\geq$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\symbol{34}"}
 
 
 @dataclass(frozen=True)
@@ -148,13 +148,18 @@ def _html(block: Block, pictures: Mapping[str, bytes]) -> str:
 
 
 def _latex(table: Table, title: str) -> str:
-    lines = [" & ".join(map(_in_latex, row)) + r" \\" for row in (table.header, *table.rows)]
+    lines = [_protected(" & ".join(map(_in_latex, row))) + r" \\" for row in (table.header, *table.rows)]
     body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
     caption = " ".join([f"{title}.", *table.notes])
     return (
         f"\\begin{{table}}\n\\centering\n\\caption{{{_in_latex(caption)}}}\n\\label{{tab:{table.name}}}\n"
         f"\\begin{{tabular}}{{{'l' * len(table.header)}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}"
     )
+
+
+def _protected(row: str) -> str:
+    """A row that begins with one of these would be read as an argument of the line above."""
+    return f"{{}}{row}" if row.startswith(("[", "*")) else row
 
 
 def _in_latex(text: str) -> str:

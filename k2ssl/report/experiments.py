@@ -100,7 +100,12 @@ def read_run(folder: Path, remarks: list[str]) -> Card | None:
     """The card of the training run in a folder; None if there is none. What is damaged is added to `remarks`."""
     if not (folder / "settings.json").is_file() or not (folder / LEDGER).is_file():
         return None
-    programs = [program for program in PROGRAMS if program in total(folder).by_program]
+    used = total(folder)
+    if used.damaged_lines:
+        remarks.append(
+            f"{shown(folder / LEDGER)}: {used.damaged_lines} damaged line(s) passed over, and the run with them where nothing is left"
+        )
+    programs = [program for program in PROGRAMS if program in used.by_program]
     if not programs:
         return None
     settings = read_json(folder / "settings.json")

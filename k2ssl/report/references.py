@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Tag = Literal["published claim", "third-party", "commonly quoted, unverified", "reconstructed"]
+Tag = Literal["published claim", "third-party", "commonly quoted, unverified", "reconstructed", "ours measured"]
+
+NOT_OF_RECOGNITION = "does not apply"  # as `lm` and `search` of a cost, for instance
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,10 @@ class Reference:
         system: what was measured.
         numbers: values by what they are, with the unit in the name.
         source: paper, thread or page.
-        tag: how far it is to be trusted: claimed by the publication itself, told by others, quoted without having been looked up, or
-            computed from settings that were published.
+        tag: how far it is to be trusted: claimed by the publication itself, told by others, quoted without having been looked up,
+            computed from settings that were published, or measured with this toolkit elsewhere.
         data: trained on, and what was transcribed.
-        lm: language model; none: without; empty: the source does not say.
+        lm: language model; none: without; does not apply: no recognition; empty: the source does not say.
         search: of the recognition.
         conditions: everything else that must be known to use the numbers.
     """
@@ -71,8 +73,18 @@ def read_references(path: Path) -> tuple[Reference, ...]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def reference_table(rows: tuple[Reference, ...]) -> Table:
-    """All of them, with what each claim rests on."""
+def reference_tables(rows: tuple[Reference, ...]) -> dict[str, Table]:
+    """All of them by what the language model lets stand beside each other, with what each rests on; those of a kind without rows are left out."""
+    kinds = {
+        "without a language model": [row for row in rows if row.lm == "none"],
+        "with a language model": [row for row in rows if row.lm not in ("", "none", NOT_OF_RECOGNITION)],
+        "language model not told": [row for row in rows if not row.lm],
+        "cost and others": [row for row in rows if row.lm == NOT_OF_RECOGNITION],
+    }
+    return {kind: _table(f"references-{number}", some) for number, (kind, some) in enumerate(kinds.items(), 1) if some}
+
+
+def _table(name: str, rows: Sequence[Reference]) -> Table:
     header = ("System", "Numbers", "Kind", "Data", "Language model", "Search", "Conditions", "Source")
     cells = [
         (
@@ -81,4 +93,4 @@ def reference_table(rows: tuple[Reference, ...]) -> Table:
         )
         for row in rows
     ]
-    return Table("references", header, tuple(cells))
+    return Table(name, header, tuple(cells))

@@ -64,7 +64,7 @@ def set_names(systems: Sequence[System]) -> dict[tuple[str, str], str]:
 
 
 def wer_tables(systems: Sequence[System]) -> dict[bool, Table]:
-    """Error rates of systems by set; results with a language model (True) and without (False) in tables of their own."""
+    """Error rates of systems by set and what they cost in all; results with a language model (True) and without (False) in tables of their own."""
     names = set_names(systems)
     return {with_lm: table for with_lm in (False, True) if (table := _wer_table(systems, names, with_lm)) is not None}
 
@@ -113,9 +113,7 @@ def cost_table(systems: Sequence[System]) -> Table:
     )
     rows = [_cost_row(system.name, system.card, system.cost) for system in systems if system.card is not None and system.cost is not None]
     notes = ["Hours are summed along the chain: a run, the model it began with, its labels, and what these were made from."]
-    devices = sorted({device for system in systems if system.cost is not None for device in _kinds(system.cost.total.devices)})
-    if len(devices) > 1:
-        notes.append(f"Not comparable: hours of different devices ({'; '.join(devices)}).")
+    notes += _unlike_hours(systems)
     for system in systems:
         if system.cost is not None and system.cost.missing:
             notes.append(f"≥ in {system.name}: {'; '.join(system.cost.missing)}.")
@@ -239,12 +237,12 @@ def _wer_table(systems: Sequence[System], names: Mapping[tuple[str, str], str], 
             if len({tuple(sorted(other.files.items())) for other in results if _search(other) == search}) > 1:  # of one name
                 search += f" [{', '.join(sha[:6] for _, sha in sorted(wer.files.items()))}]"
             search += f" ({wer.rule})" if several_rules else ""
-            row = cells.setdefault((system.name, search, wer.weights), {})
+            row = cells.setdefault((system.name, search, wer.weights, _hours(system.cost)), {})
             row[name] = f"{row[name]}; {_rate(wer)}" if name in row else _rate(wer)
     if not cells:
         return None
-    rows = [(*key, *(row.get(name, UNKNOWN) for name in sets)) for key, row in cells.items()]
-    header = ("System", "Search", "Weights", *(f"{name}: WER % [95 % interval] errors/words" for name in sets))
+    rows = [(*words, *(row.get(name, UNKNOWN) for name in sets), hours) for (*words, hours), row in cells.items()]
+    header = ("System", "Search", "Weights", *(f"{name}: WER % [95 % interval] errors/words" for name in sets), "Hours in all")
     return Table(f"wer-{'lm' if with_lm else 'no-lm'}", header, tuple(rows), tuple(_differences(shown, names)))
 
 
@@ -257,6 +255,7 @@ def _differences(systems: Sequence[System], names: Mapping[tuple[str, str], str]
     rules = sorted({wer.rule for system in systems for wer in system.results})
     if len(rules) > 1:
         notes.append(f"Not comparable: texts were compared by different rules ({'; '.join(rules)}).")
+    notes += _unlike_hours([system for system in systems if system.results])
     by_updates: dict[int, list[str]] = {}
     for system in systems:
         if system.results and system.cost is not None and system.cost.finetuning_updates is not None:
@@ -267,10 +266,14 @@ def _differences(systems: Sequence[System], names: Mapping[tuple[str, str], str]
     return notes
 
 
+def _unlike_hours(systems: Sequence[System]) -> list[str]:
+    devices = sorted({device for system in systems if system.cost is not None for device in _kinds(system.cost.total.devices)})
+    return [f"Not comparable: hours of different devices ({'; '.join(devices)})."] if len(devices) > 1 else []
+
+
 def _cost_row(name: str, card: Card, cost: Cost) -> tuple[str, ...]:
     memory = [f"{card.usage.peak_gpu_bytes / 2**30:.2f} GiB GPU"] if card.usage.peak_gpu_bytes else []
     memory += [f"{card.usage.peak_host_bytes / 2**30:.2f} GiB"] if card.usage.peak_host_bytes else []
-    bound = "≥ " if cost.missing else ""
     return (
         *(name, card.program),
         UNKNOWN if card.parameters is None else f"{card.parameters / 1e6:.2f} M",
@@ -278,9 +281,14 @@ def _cost_row(name: str, card: Card, cost: Cost) -> tuple[str, ...]:
         UNKNOWN if card.updates is None else f"{card.updates:,}",
         f"{card.usage.audio_hours:,.2f} h",
         *(hours_text(part) for part in (cost.labels, cost.pretraining, cost.finetuning)),
-        f"{bound}{hours_text(cost.total)}",
+        _hours(cost),
         ", ".join(memory) or UNKNOWN,
     )
+
+
+def _hours(cost: Cost | None) -> str:
+    """Of the whole chain."""
+    return UNKNOWN if cost is None else f"{'≥ ' if cost.missing else ''}{hours_text(cost.total)}"
 
 
 def _compare(system: System, wer: Wer, baseline: System, other: Wer) -> Comparison:

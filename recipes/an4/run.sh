@@ -45,6 +45,7 @@ done
 systems=(ctc_scratch ctc_pretrained transducer_scratch transducer_pretrained)
 
 if in_stages 1 "cuts"; then
+    need_corpus corpus-dir "$corpus_dir" "Carnegie Mellon University publishes AN4, free of charge; README.md says how it has to lie"
     run_extra "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus_dir" --out "$out/cuts"
 fi
 

@@ -33,7 +33,10 @@ def prepare(options: argparse.Namespace) -> Iterator[Prepared]:
         raise ValueError(f"{root}: expected the folder of the corpus; {what_is_in(root)}")
     known = {name: root / name for name in LIBRILIGHT if (root / name).is_dir()}
     asked = {name: root / name for name in options.parts or () if (root / name).is_dir()}
-    splits = {**known, **asked} or {root.resolve().name: root}
+    whole = {root.resolve().name: root}
+    if not known and not asked and set(options.parts or ()) - whole.keys():
+        raise ValueError(f"{root}: expected the folders {', '.join(options.parts)}; {what_is_in(root)}")
+    splits = {**known, **asked} or whole
     for name in choose(splits, options.parts, root):
         folder = splits[name]
         expected = f"{folder}: expected SPEAKER/BOOK/CHAPTER.flac, each beside CHAPTER.json; {what_is_in(folder)}"

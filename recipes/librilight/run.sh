@@ -39,14 +39,10 @@ parse_options "$@"
 
 recipe=$(dirname "$recipe_script")
 need_whole_numbers num_clusters pretrain_save_every finetune_averaged seed num_workers
-for steps in pretrain_steps ctc_steps transducer_steps; do
-    [ -z "${!steps}" ] || need_whole_numbers "$steps"
-done
-[ -f "$pretrain_conf" ] || pretrain_conf=$repository/$pretrain_conf
-[ -f "$pretrain_conf" ] || refuse "--pretrain-conf: there is no file ${pretrain_conf#"$repository/"}"
-for lists in parts finetune_sets systems dev_sets test_sets; do
-    [ -n "${!lists}" ] || refuse "--${lists//_/-} is empty, one is needed at least"
-done
+need_steps pretrain_steps ctc_steps transducer_steps
+find_conf pretrain_conf || refuse "--pretrain-conf: there is no file ${pretrain_conf#"$repository/"}"
+need_lists parts finetune_sets dev_sets test_sets
+need_systems
 IFS=, read -r -a part_list <<<"$parts"
 IFS=, read -r -a set_list <<<"$finetune_sets"
 IFS=, read -r -a system_list <<<"$systems"
@@ -57,9 +53,6 @@ for set in "${set_list[@]}"; do
     100h | 960h) librispeech_list+=("$set") ;;
     *) refuse "--finetune-sets names $set; 10min, 1h, 10h, 100h, 960h are known" ;;
     esac
-done
-for system in "${system_list[@]}"; do
-    [[ $system =~ ^(ctc|transducer)$ ]] || refuse "--systems is $systems; ctc, transducer or both with a comma between them are known"
 done
 need_environment
 
@@ -129,7 +122,11 @@ fi
 
 if in_stages 1 "cuts of Libri-Light"; then
     corpus=${corpus_dir:-$download_dir/librilight}
-    need_file "$corpus" "Libri-Light; --corpus-dir names one that is there" 0
+    if [ -n "$corpus_dir" ]; then
+        need_corpus corpus-dir "$corpus_dir" "without it, stage 0 fetches Libri-Light"
+    else
+        for part in "${part_list[@]}"; do need_file "$corpus/$part" "part of Libri-Light; --corpus-dir names one that is there" 0; done
+    fi
     run_extra "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus" --parts "${part_list[@]}" --out "$out/cuts"
 fi
 
@@ -151,7 +148,9 @@ if in_stages 3 "pre-training"; then
 fi
 
 if in_stages 4 "cuts, tokenizers and configurations for fine-tuning"; then
-    limited=${limited_dir:-$download_dir/librispeech_finetuning}
+    limited=${limited_dir:-$download_dir/librispeech_finetuning} librispeech=${librispeech_dir:-$download_dir/LibriSpeech}
+    [ -z "$limited_dir" ] || need_corpus limited-dir "$limited_dir" "without it, stage 0 fetches the limited sets"
+    [ -z "$librispeech_dir" ] || need_corpus librispeech-dir "$librispeech_dir" "without it, stage 0 fetches what is needed of LibriSpeech"
     for set in "${set_list[@]}"; do
         trained=()
         if [[ " ${limited_list[*]-} " == *" $set "* ]]; then
@@ -161,7 +160,9 @@ if in_stages 4 "cuts, tokenizers and configurations for fine-tuning"; then
             trained=("$set")
         fi
         mapfile -t wanted < <(parts_for ${trained[@]+"${trained[@]}"})
-        run "$python" "$recipe/../librispeech/prepare_cuts.py" --corpus-dir "${librispeech_dir:-$download_dir/LibriSpeech}" \
+        [ -n "$librispeech_dir" ] ||
+            for part in "${wanted[@]}"; do need_file "$librispeech/$part" "part of LibriSpeech; --librispeech-dir names one that is there" 0; done
+        run "$python" "$recipe/../librispeech/prepare_cuts.py" --corpus-dir "$librispeech" \
             --parts "${wanted[@]}" --out "$out/finetune/$set/cuts"
         librispeech "$set" 2 2
         for system in "${system_list[@]}"; do # last, since the next stages look for these files

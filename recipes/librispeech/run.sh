@@ -13,9 +13,7 @@
 # --subset mini sets these where they are not given: sets train-clean-5, dev-clean-2, test-clean; configurations zipformer_logmel (folder/conf),
 # zipformer_mini_iter2, ctc_letters_mini and transducer_bpe_mini; labels of stack 2 in 100 clusters; 300 mini-batches of k-means at most; 100 pieces; averages over 200 and 500
 # updates, and averaged weights to go on from, at batch 20000.
-# shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-# shellcheck source-path=SCRIPTDIR source=../stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../stages.sh"
 
 subset=full  # full or mini: what is set where no option says otherwise, see above
@@ -90,18 +88,14 @@ if [ -n "$held_out_speakers" ]; then
     unless_given test_sets held-out-test
 fi
 need_whole_numbers mfcc_clusters layer_clusters kmeans_batches init_batch_count pretrain_averaged finetune_averaged vocab_size lm_order seed num_workers
-for steps in pretrain1_steps pretrain2_steps ctc_steps transducer_steps; do
-    [ -z "${!steps}" ] || need_whole_numbers "$steps"
-done
+need_steps pretrain1_steps pretrain2_steps ctc_steps transducer_steps
 for pair in pretrain1_conf=4 pretrain2_conf=6 ctc_conf=7 transducer_conf=8; do
-    conf=${pair%=*}
-    [ -f "${!conf}" ] || [ ! -f "$repository/${!conf}" ] || printf -v "$conf" %s "$repository/${!conf}"
-    [ -f "${!conf}" ] || [ "${pair#*=}" -lt "$stage" ] || [ "${pair#*=}" -gt "$stop_stage" ] ||
-        refuse "--${conf//_/-} is ${!conf}, and there is no such file"
+    conf=${pair%=*} said=${!conf}
+    find_conf "$conf" || [ "${pair#*=}" -lt "$stage" ] || [ "${pair#*=}" -gt "$stop_stage" ] ||
+        refuse "--${conf//_/-} is $said, and there is no such file"
 done
-for sets in pretrain_sets finetune_sets dev_sets test_sets; do
-    [ -n "${!sets}" ] || refuse "--${sets//_/-} is empty, one set is needed at least"
-done
+need_lists pretrain_sets finetune_sets dev_sets test_sets
+need_systems
 [ -z "$pretrained" ] || [ -z "$pretrained_labels" ] || refuse "--pretrained and --pretrained-labels are both given; nothing is pre-trained with the first"
 need_environment
 
@@ -133,12 +127,10 @@ first_dev=$(each "$dev_sets" | head -n 1)
 mapfile -t all_sets < <(each "$pretrain_sets,$finetune_sets,$dev_sets,$test_sets" | sort -u | grep -v '^held-out-')
 runs=() # of fine-tuning
 for system in $(each "$systems"); do
-    [[ $system =~ ^(ctc|transducer)$ ]] || refuse "--systems is $systems; ctc, transducer or both with a comma between them are known"
     runs+=("$system")
     [ "$scratch" = False ] || runs+=("${system}_scratch")
 done
 methods_of() { if [[ $1 == ctc* ]]; then each "$ctc_methods"; else each "$transducer_methods"; fi; }
-[ ${#runs[@]} -gt 0 ] || refuse "--systems is empty; ctc, transducer or both with a comma between them are known"
 tokenizer_of() { [[ $1 == ctc* ]] && echo "$out/letters.pt" || echo "$out/bpe.pt"; }
 need_run() { need_file "$out/$1/finished" "mark of a run that came to its end" "$2"; }
 # Where a pre-trained model lies: run $1, its updates $2.
@@ -205,8 +197,11 @@ fi
 
 if in_stages 1 "cuts"; then
     corpus=${corpus_dir:-$download_dir/LibriSpeech}
-    [ -z "$corpus_dir" ] || $dry_run || [ -d "$corpus_dir" ] || _fail "--corpus-dir is $corpus_dir, and there is no such folder; without it, stage 0 fetches the corpus"
-    need_file "$corpus" "the corpus; --corpus-dir names one that is there" 0
+    if [ -n "$corpus_dir" ]; then
+        need_corpus corpus-dir "$corpus_dir" "without it, stage 0 fetches the corpus"
+    else
+        for set in "${all_sets[@]}"; do need_file "$corpus/$set" "part of the corpus; --corpus-dir names one that is there" 0; done
+    fi
     held_out=()
     [ -z "$held_out_speakers" ] || { words "$held_out_speakers" && held_out=(--held-out-speakers "${found[@]}"); }
     run_extra "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus" --parts "${all_sets[@]}" --out "$out/cuts" ${held_out[@]+"${held_out[@]}"}

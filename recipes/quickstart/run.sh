@@ -7,7 +7,6 @@
 # recipes/librispeech/run.sh, with settings for a small model: 1 cuts, 2 tokenizers, 3 labels of MFCC, 4 pre-training 1, 5 labels of a layer,
 # 6 pre-training 2, 7 CTC, 8 transducer (both also from drawn weights), 9 averages, 10 language models and recognition, 11 scores, 12 tables.
 # What is finished is skipped, what was interrupted goes on. The last stage prints the tables and writes OUT/report/report.html.
-# shellcheck source-path=SCRIPTDIR source=../common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 train_minutes=40  # of speech to train on

@@ -31,6 +31,12 @@ parse_options "$@"
 """
 
 
+def _hears() -> None:
+    """Undo that signals are ignored where the tests run in the background, or behind `nohup`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Made:
     """A recipe of one's own, beside copies of common.sh and stages.sh, whose python is a shell script that prints its arguments."""
 
@@ -60,7 +66,7 @@ class Made:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+            preexec_fn=_hears,
         )
 
     def run(self, *options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -262,16 +268,15 @@ def test_a_missing_input_names_the_stage_that_makes_it_with_the_options_given(tm
     assert made.run().stdout == "used\n"
 
 
-def test_a_disk_without_room_and_an_absent_environment_are_told(tmp_path: Path) -> None:
-    made = Made(tmp_path, 'if in_stages 3 "use"; then need_space "$out/new/folder" "$steps"; need_environment; run echo used; fi')
-    full = made.run("--steps", "9000000")
-    assert (full.returncode, full.stdout) == (1, "")
-    told = re.search(r"my exp/new/folder: (\d+) GiB of disk are free, 9000000 GiB are needed", full.stderr)
-    assert told and abs(int(told[1]) - shutil.disk_usage(tmp_path).free / 2**30) < 5
-    assert made.run("--steps", "9000000", "--dry-run").returncode == 0
-    assert made.run("--steps", "0").stdout == "used\n"
-    absent = made.run("--steps", "0", K2SSL_VENV=str(tmp_path / "none"))
+def test_an_absent_environment_and_an_absent_corpus_are_told(tmp_path: Path) -> None:
+    made = Made(tmp_path, 'need_environment\nif in_stages 3 "use"; then need_corpus size "$size" "ask for it"; run echo used; fi')
+    absent = made.run(K2SSL_VENV=str(tmp_path / "none"))
     assert absent.returncode == 1 and "none/bin/python: run scripts/setup.sh first" in absent.stderr
+    done = made.run("--size", tmp_path / "none")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"--size is {tmp_path / 'none'}, and there is no such folder; ask for it\n" in done.stderr
+    assert made.run("--size", tmp_path / "none", "--dry-run").returncode == 0
+    assert made.run("--size", tmp_path).stdout == "used\n"
 
 
 def test_presets_set_what_is_not_given_and_values_are_held_against_a_list(tmp_path: Path) -> None:

@@ -149,6 +149,13 @@ def test_a_program_that_ends_all_the_same_when_it_is_told_to_stop_is_not_repeate
     assert status == 0 and not read(slurm, "scontrol")
 
 
+def test_a_signal_that_reaches_the_tasks_alone_puts_the_job_back_into_the_queue_too(slurm: dict[str, str]) -> None:
+    process = job(slurm, recipe(slurm), WHEN_DONE="130")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted, exit status 130" in error
+    assert read(slurm, "scontrol") == "requeue 412345\n"
+
+
 def test_a_failure_is_no_interruption(slurm: dict[str, str]) -> None:
     process = job(slurm, recipe(slurm), WHEN_DONE="1")
     process.communicate(timeout=60)

@@ -190,7 +190,7 @@ def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> No
 @pytest.mark.parametrize(
     ("stage", "status", "said"),
     [
-        (1, 1, "light (Libri-Light; --corpus-dir names one that is there) is missing; stage 0 makes it"),
+        (1, 1, "librilight/small (part of Libri-Light; --corpus-dir names one that is there) is missing; stage 0 makes it"),
         (2, 1, "cuts_small.jsonl.gz (manifest of cuts) is missing; stage 1 makes it"),
         (3, 1, "labels/small/contract.json (labels) is missing; stage 2 makes it"),
         (5, 1, "(mark of pre-training that came to its end) is missing; stage 3 makes it"),
@@ -200,10 +200,23 @@ def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> No
 def test_a_stage_without_its_inputs_says_which_stage_makes_them(stage: int, status: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "exp/pretrain/checkpoints").mkdir(parents=True)
     (tmp_path / "exp/pretrain/checkpoints/step-000005000.pt").touch()  # of a run that is half done
-    done = recipe(
-        "--corpus-dir", tmp_path / "light", "--out", tmp_path / "exp", "--parts", "small", "--stage", stage, "--stop-stage", stage
-    )
+    done = recipe("--download-dir", tmp_path, "--out", tmp_path / "exp", "--parts", "small", "--stage", stage, "--stop-stage", stage)
     assert done.returncode == status and said in done.stderr
+
+
+@pytest.mark.parametrize(("stage", "option"), [(1, "--corpus-dir"), (4, "--limited-dir"), (4, "--librispeech-dir")])
+def test_a_corpus_that_is_named_and_not_there_is_not_said_to_be_made_by_a_stage(stage: int, option: str, tmp_path: Path) -> None:
+    done = recipe(option, tmp_path / "none", "--out", tmp_path / "exp", "--stage", stage, "--stop-stage", stage)
+    assert (
+        done.returncode == 1 and f"{option} is {tmp_path / 'none'}, and there is no such folder; without it, stage 0 fetches" in done.stderr
+    )
+
+
+def test_a_folder_without_the_parts_is_told_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "light/audio").mkdir(parents=True)
+    options = ["--corpus-dir", str(tmp_path / "light"), "--parts", "small", "large", "--out", str(tmp_path / "cuts")]
+    assert module("prepare_cuts").main(options) == 1
+    assert "light: expected the folders small, large; found audio/" in capsys.readouterr().err
 
 
 def test_a_label_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

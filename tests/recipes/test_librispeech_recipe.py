@@ -228,7 +228,7 @@ def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> No
 @pytest.mark.parametrize(
     ("stage", "missing", "made_by"),
     [
-        ("1", "the corpus", 0),
+        ("1", "part of the corpus", 0),
         ("2", "cuts_train-clean-100.jsonl.gz", 1),
         ("3", "cuts_train-clean-100.jsonl.gz", 1),
         ("4", "mfcc/labels/train-clean-100/contract.json", 3),
@@ -242,6 +242,14 @@ def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> No
 def test_a_stage_without_its_inputs_says_which_stage_makes_them(tmp_path: Path, stage: str, missing: str, made_by: int) -> None:
     done = recipe("--out", tmp_path / "exp", "--download-dir", tmp_path / "none", "--stage", stage, "--stop-stage", stage)
     assert done.returncode == 1 and missing in done.stderr and f"stage {made_by} makes it" in done.stderr, done.stderr
+
+
+def test_a_corpus_of_which_a_part_was_not_fetched_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "data/LibriSpeech/dev-clean").mkdir(parents=True)
+    options = ("--pretrain-sets", "dev-clean", "--finetune-sets", "dev-other", "--dev-sets", "dev-clean", "--test-sets", "dev-clean")
+    done = recipe("--out", tmp_path / "exp", "--download-dir", tmp_path / "data", *options, "--stage", "1", "--stop-stage", "1")
+    assert done.returncode == 1 and not (tmp_path / "exp/cuts").exists()
+    assert "LibriSpeech/dev-other (part of the corpus; --corpus-dir names one that is there) is missing; stage 0 makes it" in done.stderr
 
 
 def test_a_corpus_that_is_named_and_not_there_is_not_said_to_be_made_by_a_stage(tmp_path: Path) -> None:

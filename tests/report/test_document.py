@@ -36,6 +36,11 @@ def test_latex_holds_the_tables_with_every_sign_escaped() -> None:
     assert r"$\geq$ 3" in latex([Table("t", ("≥ 3",), ())])
 
 
+def test_no_row_of_latex_is_read_as_an_argument_of_the_line_above() -> None:
+    rows = [line for line in latex([Table("t", ("WER",), (("[a] 1",), ("*b",), ('"c"',)))]).split("\n") if line.endswith("\\\\")]
+    assert rows == [r"WER \\", r"{}[a] 1 \\", r"{}*b \\", r"\symbol{34}c\symbol{34} \\"]
+
+
 def test_columns_of_a_terminal_stand_below_each_other() -> None:
     assert plain(Table("t", ("System", "WER"), (("longer name", "1"), ("x", "22")), ("note",))) == (
         "System       WER\nlonger name  1\nx            22\nnote"

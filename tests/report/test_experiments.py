@@ -105,6 +105,18 @@ def test_what_is_published_does_not_say_where_the_folder_lies(world: Any) -> Non
     assert wer.decoding == "out/decode/ssl-greedy" and found.remarks[0].startswith("out/decode/scratch-greedy/decode.json")
 
 
+def test_damaged_lines_of_a_ledger_are_named(world: Any) -> None:
+    (world.out / "ssl/ledger.jsonl").write_text("junk\n")
+    with (world.out / "scratch/ledger.jsonl").open("a") as file:
+        file.write("junk\n")
+    found = look(world)
+    assert [remark.partition(" passed over")[0] for remark in found.remarks] == [
+        "out/scratch/ledger.jsonl: 1 damaged line(s)",
+        "out/ssl/ledger.jsonl: 1 damaged line(s)",
+    ]
+    assert world.out / "scratch" in found.runs and world.out / "ssl" not in found.runs and len(found.orphans) == 1
+
+
 def test_a_switch_is_told_by_its_name_where_it_is_on(world: Any) -> None:
     for name, on in (("on", True), ("off", False)):
         world.decoding(name, "ssl", ["a"], ["b"], what={"search": {"beam": 4, "lm_final": on}})

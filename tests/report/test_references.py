@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from k2ssl.report.references import read_references, reference_table
+from k2ssl.report.references import read_references, reference_tables
 
 FILE = Path(__file__).parents[2] / "recipes/librispeech/reference_results.toml"
 ROW = '[[result]]\nsystem = "A"\nsource = "B"\ntag = "third-party"\nnumbers = { "WER %" = 1.5 }\n'
@@ -36,7 +36,26 @@ def test_hours_of_other_gpus_are_told_by_others() -> None:
 def test_a_table_shows_the_tag_and_what_is_not_told(tmp_path: Path) -> None:
     file = tmp_path / "rows.toml"
     file.write_text(ROW)
-    assert reference_table(read_references(file)).rows == (("A", "WER % 1.5", "third-party", *("not told",) * 3, "", "B"),)
+    (table,) = reference_tables(read_references(file)).values()
+    assert table.rows == (("A", "WER % 1.5", "third-party", *("not told",) * 3, "", "B"),)
+
+
+def test_rows_with_and_without_a_language_model_are_in_tables_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "rows.toml"
+    models = ("none", "4-gram", "", "does not apply")
+    file.write_text("".join(ROW.replace('"A"', f'"{number}"') + f'lm = "{lm}"\n' for number, lm in enumerate(models)))
+    tables = reference_tables(read_references(file))
+    assert [[row[0] for row in table.rows] for table in tables.values()] == [["0"], ["1"], ["2"], ["3"]]
+    assert list(tables) == ["without a language model", "with a language model", "language model not told", "cost and others"]
+    assert len({table.name for table in tables.values()}) == 4
+    shipped = reference_tables(read_references(FILE))
+    assert {row[4] for row in shipped["without a language model"].rows} == {"none"} and "with a language model" not in shipped
+
+
+def test_a_row_may_be_measured_with_this_toolkit(tmp_path: Path) -> None:
+    file = tmp_path / "rows.toml"
+    file.write_text(ROW.replace("third-party", "ours measured"))
+    assert read_references(file)[0].tag == "ours measured"
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,10 @@ def only(found: list[Comparison]) -> Comparison:
 
 
 def test_rows_with_and_without_a_language_model_are_in_tables_of_their_own() -> None:
-    tables = wer_tables([system("one", wer(20), wer(10, **LM)), system("two", wer(30))])
+    tables = wer_tables([system("one", wer(20), wer(10, **LM), pretraining=1.0), system("two", wer(30), missing=("its labels",))])
     assert [row[0] for row in tables[False].rows] == ["one", "two"] and [row[0] for row in tables[True].rows] == ["one"]
-    assert tables[False].rows[0] == ("one", "greedy", "raw weights", "10.00 [8.00, 13.33] 20/200")
-    assert tables[True].rows[0][1] == "greedy, words.arpa x 0.5"
+    assert tables[False].rows[0] == ("one", "greedy", "raw weights", "10.00 [8.00, 13.33] 20/200", "2.00 GPU-h")
+    assert tables[False].rows[1][-1] == "≥ 1.00 GPU-h" and tables[True].rows[0][1] == "greedy, words.arpa x 0.5"
     assert list(wer_tables([system("one", wer())])) == [False]
 
 
@@ -74,7 +74,7 @@ def test_sets_are_columns_and_a_missing_result_is_marked() -> None:
     table = wer_tables([system("one", wer(), wer(40, test_set="other", cuts="9:bb")), system("two", wer(test_set="other", cuts="9:bb"))])[
         False
     ]
-    assert [name.partition(":")[0] for name in table.header[3:]] == ["test", "other"]
+    assert [name.partition(":")[0] for name in table.header[3:-1]] == ["test", "other"]
     assert table.rows[1][3] == "-" and table.rows[0][4].startswith("20.00")
 
 
@@ -91,7 +91,10 @@ def test_unequal_fine_tuning_and_rules_are_noted() -> None:
     table = wer_tables([system("one", wer()), system("two", wer(rule="lower, nfc"), finetuning_updates=70)])[False]
     assert any("Fine-tuning updates differ: 50: one; 70: two" in note for note in table.notes)
     assert any("as-is, nfc; lower, nfc" in note for note in table.notes)
-    assert wer_tables([system("one", wer()), system("two", wer())])[False].notes == ()
+    assert wer_tables([system("one", wer()), system("two", wer(), device="1 x Small")])[False].notes == (
+        "Not comparable: hours of different devices (Big; Small).",
+    )
+    assert wer_tables([system("one", wer()), system("two", wer()), system("none", device="1 x Small")])[False].notes == ()
 
 
 def test_the_headline_is_plain_arithmetic() -> None:
