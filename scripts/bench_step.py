@@ -71,10 +71,11 @@ class Peer:
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.model: nn.Module = PEERS[options.model](num_classes=504).to(device).train()
-        self.frontend, self.encoder = self.model.wav2vec2.feature_extractor, self.model.wav2vec2.encoder
+        self.frontend, self.encoder = self.model.wav2vec2.feature_extractor, self.model.wav2vec2.encoder.transformer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         samples = round(options.seconds * 16000)
-        self.batch = synthetic_batch(options.utterances, samples, (samples - 400) // 320 + 1, (504,)).to(device)
+        classes = (self.model.logit_generator.label_embeddings.shape[0],)
+        self.batch = synthetic_batch(options.utterances, samples, (samples - 400) // 320 + 1, classes).to(device)
 
     def infer(self) -> Tensor:
         frames: Tensor = self.model.wav2vec2(self.batch.audio)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2ssl.nn.activation import SwooshDropoutLinear, swoosh_r
@@ -53,5 +54,18 @@ class ConvolutionModule(nn.Module):
         x = x * self.gate_balancer(gate).sigmoid()
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        x = depthwise_over_time(x, self.depthwise)
         return self.out_proj(self.whiten(self.balancer(x)))
+
+
+def depthwise_over_time(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """`conv`, which keeps channels apart and the number of frames, on (N, T, C) -> (N, T, C).
+
+    On a CPU it runs as a two-dimensional convolution of width one, whose channels-last layout oneDNN takes as it is: the same sums
+    without reordering the frames, several times as fast.
+    """
+    if x.device.type != "cpu":
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+    image = x.transpose(1, 2).unsqueeze(3)  # (N, C, T, 1)
+    padding = (int(conv.padding[0]), 0)
+    return F.conv2d(image, conv.weight.unsqueeze(3), conv.bias, padding=padding, groups=conv.groups).squeeze(3).transpose(1, 2)

@@ -133,6 +133,7 @@ class ParameterStacks:
         """
         beta1, beta2 = betas
         size_grads = []
+        factor = torch.where(finite, factor, 0.0)
         for stack in self._stacks:
             grads = [self._grads[position] for position in stack.positions()]
             rows = [row for row, grad in enumerate(grads) if grad is not None]
@@ -140,13 +141,14 @@ class ParameterStacks:
             size_grads.append(size_grad)
             if not rows:
                 continue
-            g = _stacked([grad for grad in grads if grad is not None], factor).masked_fill_(~finite, 0.0)
+            g = _stacked([grad for grad in grads if grad is not None], factor)
+            g.nan_to_num_(0.0, 0.0, 0.0)  # what 0 leaves of gradients that are not finite; a mask takes ten times as long
             whole = len(rows) == len(grads)
             v = stack.exp_avg_sq if whole else torch.stack([stack.exp_avg_sq[row] for row in rows])
             delta = stack.delta if whole else torch.stack([stack.delta[row] for row in rows])
             v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
             denominator = v.sqrt()
-            torch.addcmul(stack.per_row(offset, rows), denominator, stack.per_row(slope, rows), out=denominator)
+            denominator.mul_(stack.per_row(slope, rows)).add_(stack.per_row(offset, rows))  # addcmul is slow where it broadcasts
             delta.mul_(beta1).addcdiv_(g, denominator, value=-(1.0 - beta1) * lr)
             if not whole:
                 torch._foreach_copy_([stack.exp_avg_sq[row] for row in rows], list(v.unbind()))
