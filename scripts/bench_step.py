@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=2 PYTHONPATH=. python scripts/bench_step.py --models zipformer_base torchaudio_hubert_base --precisions float32
 
 Every measurement runs in a process of its own, one after the other. `memory_gb` is the most memory held beyond what imports need (on CUDA:
-by the allocator), parameters, gradients and optimizer state included. Stages: frontend, encoder (forward), loss (the rest of the forward
+by the allocator), parameters, gradients and optimizer state included. `cpu_seconds` is the processor time of a
+step, which with one thread (OMP_NUM_THREADS=1) says more than the clock where other work runs beside. Stages: frontend, encoder (forward), loss (the rest of the forward
 pass), backward, optimizer. The peer's step is torchaudio's model, its masked logits' cross-entropy with feature penalty, and AdamW. With
 `--inference` the forward pass to encoder frames alone is timed.
 """
@@ -133,13 +134,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     def autocast() -> Any:
         return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
-    runs = []
+    runs, cpu = [], []
     for step in range(options.warmup + options.steps):
+        cpu_started = time.process_time()
         seconds = run(job, device, autocast)
         if step == 0:
             first = time.perf_counter() - started
         if step >= options.warmup:
             runs.append(seconds)
+            cpu.append(time.process_time() - cpu_started)
     stages = {stage: summary(run[stage] for run in runs)["median"] for stage in runs[0]}
     whole = summary(sum(run.values()) for run in runs)
     audio = options.utterances * options.seconds
@@ -152,6 +155,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch": f"{options.utterances} x {options.seconds:g} s",
         "seconds": whole["median"],
         **{key: whole[key] for key in ("min", "max", "runs")},
+        "cpu_seconds": summary(cpu)["median"],
         "times_real_time": round(audio / whole["median"], 2),
         "memory_gb": round(memory.gigabytes(), 3),
         **stages,
