@@ -13,11 +13,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import Stopwatch, synthetic_batch
 
 from k2ssl.batch import PretrainBatch
 from k2ssl.models.hubert import HubertConfig, HubertModel
@@ -25,28 +25,6 @@ from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, buil
 from k2ssl.structure import to_dict
 from k2ssl.train.plan import BatchConfig
 from k2ssl.train.trainer import Trainer, TrainerConfig
-
-
-class Stopwatch:
-    """Adds up the time spent in a function that it wraps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, 0.0
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            started = self.now()
-            try:
-                return function(*arguments, **options)
-            finally:
-                self.seconds += self.now() - started
-
-        return timed
 
 
 def build(size: str, device: torch.device, folder: Path, seconds: float) -> Trainer:
@@ -59,20 +37,18 @@ def build(size: str, device: torch.device, folder: Path, seconds: float) -> Trai
     return Trainer(model, optimizer, schedule, config, device=device, folder=folder, model_config=to_dict(model.config), quiet=True)
 
 
-def synthetic_batch(trainer: Trainer, seconds: float) -> PretrainBatch:
+def training_batch(trainer: Trainer, seconds: float) -> PretrainBatch:
     """Noise in utterances of at most 15.6 s, as after the crop, with labels for every frame."""
     model: Any = trainer.model
     num = max(1, round(seconds / 15.6))
     samples = int(seconds * 16000 / num)
-    audio = 0.1 * torch.randn(num, samples, generator=torch.Generator().manual_seed(0))
-    frames = model.frontend.num_frames(samples)
-    return PretrainBatch(audio, tuple(torch.randint(k, (num, frames)) for k in model.config.head.num_classes))
+    return synthetic_batch(num, samples, model.frontend.num_frames(samples), model.config.head.num_classes)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     device = torch.device(options.device)
     trainer = build(options.size, device, folder, options.seconds)
-    batch = synthetic_batch(trainer, options.seconds)
+    batch = training_batch(trainer, options.seconds)
     inside = Stopwatch(device)
     trainer.update._forward_backward = inside.wrap(trainer.update._forward_backward)  # type: ignore[method-assign]
     trainer.optimizer.step = inside.wrap(trainer.optimizer.step)  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from k2ssl import distributed
 from k2ssl.atomic_file import atomic_file, writable_folder
+from k2ssl.models.frontend import WaveformFrontend
 from k2ssl.train.inf_check import InfCheck
 from k2ssl.train.profiler import profile_steps
 from k2ssl.train.statistics import StatisticsRecorder
@@ -37,8 +38,10 @@ def diagnose(trainer: Trainer, loader: BatchLoader[Any], what: Diagnosis, output
     if not batches:
         raise ValueError("diagnose: the training data gives no batch")
     if what != "profile":
-        encoder: Any = trainer.model.encoder
-        encoder.recompute_layers = False  # hooks would see every output twice
+        model: Any = trainer.model
+        model.encoder.recompute_layers = False  # hooks would see every output twice
+        if isinstance(model.frontend, WaveformFrontend):
+            model.frontend.fast = False  # hooks would see no output of its layers
     if what == "inf-check":
         with InfCheck(trainer.model):
             for batch in batches:

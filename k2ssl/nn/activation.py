@@ -5,7 +5,7 @@ Formulas: arXiv 2310.11230, section 3.3. Both are softplus shifted right, tilted
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from k2ssl.nn.initial import scale_initial
 from k2ssl.nn.schedule import Clock, Schedule
 
 _SLOPE = 0.08
+_PIECE = 2**19  # elements
 
 # "l" or "r" and float32 numbers -> values, or values and derivatives, without autograd; see `use_kernels`
 ValueKernel = Callable[[str, Tensor], Tensor]
@@ -42,7 +43,10 @@ class Swoosh:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Value at `x`, any shape, in `x`'s dtype."""
-        return F.softplus(x - self.shift) - _SLOPE * x - self.offset
+        y = F.softplus(x - self.shift)
+        y -= _SLOPE * x  # in place: memory is what costs here
+        y -= self.offset
+        return y
 
     def value(self, x: Tensor) -> Tensor:
         """The same for no autograd to see, by the kernels that were chosen."""
@@ -106,7 +110,7 @@ class _SwooshDropoutLinear(torch.autograd.Function):
         ctx.dtype = dtype
         ctx.bias_dtype = bias.dtype
         with torch.autocast(x.device.type, enabled=False):
-            hidden = _activate(x, mask, activation).to(dtype)
+            hidden = _activate(x, mask, activation, dtype)
             return F.linear(hidden, weight.to(dtype), bias.to(dtype))
 
     @staticmethod
@@ -117,20 +121,43 @@ class _SwooshDropoutLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            hidden = _activate(x, mask, ctx.activation).to(ctx.dtype)
+            hidden = _activate(x, mask, ctx.activation, ctx.dtype)
             grad_weight = (rows.t() @ hidden.reshape(rows.shape[0], -1)).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            derivative = ctx.activation.derivative(_at_least_float32(x))
-            if mask is not None:
-                derivative = derivative * mask
-            grad_x = ((grad @ weight.to(ctx.dtype)) * derivative).to(x.dtype)
+            grad_x = _times_derivative(grad @ weight.to(ctx.dtype), x, mask, ctx.activation)
         grad_bias = rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
-    hidden = activation.value(_at_least_float32(x))
-    return hidden if mask is None else hidden * mask
+def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
+    """activation(x) * mask in `dtype`."""
+    hidden = torch.empty_like(x, dtype=dtype)
+    for part in _parts(x):
+        values = activation.value(_at_least_float32(x[part]))
+        hidden[part] = values if mask is None else values.mul_(mask[part[0]])
+    return hidden
+
+
+def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
+    """grad * activation'(x) * mask in the dtype of `x`."""
+    grad_x = torch.empty_like(x)
+    for part in _parts(x):
+        derivative = activation.derivative(_at_least_float32(x[part]))
+        if mask is not None:
+            derivative *= mask[part[0]]
+        grad_x[part] = derivative.mul_(grad[part])
+    return grad_x
+
+
+def _parts(x: Tensor) -> Iterator[tuple[int | slice, ...]]:
+    """Indices that cut (N, T, C) into pieces that fit a CPU's cache; on other devices, which want few kernels, all of it."""
+    if x.device.type != "cpu":
+        yield (slice(None),)
+        return
+    step = max(1, _PIECE // x.shape[2])
+    for utterance in range(x.shape[0]):
+        for start in range(0, x.shape[1], step):
+            yield utterance, slice(start, start + step)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

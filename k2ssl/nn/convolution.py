@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2ssl.nn.activation import SwooshDropoutLinear, swoosh_r
@@ -36,7 +37,7 @@ class ConvolutionModule(nn.Module):
             min_abs=1.5,
             max_abs=Schedule((0, 5.0), (8000, 10.0)),
         )
-        self.depthwise = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.depthwise = DepthwiseConvolution(dim, kernel)
         self.balancer = Balancer(
             clock,
             min_positive=Schedule((0, 0.1), (8000, 0.05)),
@@ -53,5 +54,28 @@ class ConvolutionModule(nn.Module):
         x = x * self.gate_balancer(gate).sigmoid()
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        x = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        x = self.depthwise(x)
         return self.out_proj(self.whiten(self.balancer(x)))
+
+
+class DepthwiseConvolution(nn.Conv1d):
+    """Convolution over time of every channel apart, as many frames out as in; channels last.
+
+    On a CPU it runs as a two-dimensional convolution of width one, whose layout oneDNN takes as it is: the same sums without reordering
+    the frames, several times as fast.
+
+    Args:
+        dim: channels C; kernel: odd number of taps.
+    """
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        x = x.transpose(1, 2)
+        if x.device.type != "cpu":
+            return super().forward(x).transpose(1, 2)
+        padding = (int(self.padding[0]), 0)
+        image = F.conv2d(x.unsqueeze(3), self.weight.unsqueeze(3), self.bias, padding=padding, groups=self.groups)
+        return image.squeeze(3).transpose(1, 2)

@@ -236,6 +236,7 @@ def test_a_diagnosis_observes_a_few_steps(
     arguments = sounds.command(tmp_path / "run", "--diagnose", what, "--activation-checkpointing", "True", "--data.num-workers", "0")
     assert pretrain.main(arguments) == 0
     assert models[0].encoder.recompute_layers is (what == "profile"), "hooks would see every output twice"
+    assert models[0].frontend.fast is (what == "profile"), "hooks would see no output of its layers"
     told = capsys.readouterr().out
     written = sorted(path.name for path in (tmp_path / "run").glob("*"))
     if what == "inf-check":

@@ -1,0 +1,158 @@
+"""Run every benchmark that fits this machine, one after the other, and print one table.
+
+    OMP_NUM_THREADS=2 PYTHONPATH=. python scripts/bench_all.py [--quick] [--device cpu] [--audio-dir FOLDER] [--only step optimizer]
+
+The JSON lines go to --output as they come, each with the name of its benchmark and its command. Benchmarks that need recorded audio are
+left out without --audio-dir, the step of the large models where memory does not suffice. --quick asks each for its least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import machine, summary, table
+
+SCRIPTS = Path(__file__).parent
+_LARGE_GB = 20  # memory that a step of the largest peer takes, with room to spare
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A name and the command line after `python`; what it prints holds JSON objects."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
+    """Those that this machine can run."""
+    device, quick = ("--device", options.device), options.quick
+    cuda = options.device.startswith("cuda")
+    memory_gb = (
+        torch.cuda.get_device_properties(0).total_memory / 1e9 if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    )
+    models = ["tiny"] if quick else ["zipformer_base", "hubert_base", "torchaudio_hubert_base"]
+    if memory_gb > _LARGE_GB and not quick:
+        models += ["zipformer_large", "hubert_large", "torchaudio_hubert_large"]
+    seconds = ("--seconds", "1", "--utterances", "2") if quick else ()
+    step = (
+        _script("bench_step"),
+        *device,
+        *seconds,
+        "--frontends",
+        "waveform",
+        "logmel",
+        "--precisions",
+        "float32",
+        "bfloat16",
+        "--models",
+        *models,
+    )
+    found = [
+        Benchmark("step", step),
+        Benchmark("inference", (*step, "--inference")),
+        Benchmark("growth", (_script("bench_growth"), *device, *(("--quick",) if quick else ()))),
+        Benchmark("optimizer", (_script("bench_optimizer"), *device)),
+        Benchmark("trainer and checkpoint", (_script("bench_trainer"), *device, "--size", "tiny" if quick else "zipformer_base")),
+        Benchmark("transducer loss", (_script("bench_transducer"), *device)),
+        Benchmark("searches", (_script("bench_search"), *device, *(("--size", "tiny", "--utterances", "10") if quick else ()))),
+    ]
+    if options.audio_dir is not None:
+        found.append(
+            Benchmark(
+                "data loader", (_script("bench_data"), "--audio-dir", str(options.audio_dir), "--copies", "2", "--many-cuts", "20000")
+            )
+        )
+        found.append(Benchmark("k-means", (_script("bench_kmeans"), "--audio", str(options.audio_dir), *device)))
+    else:
+        found.append(Benchmark("k-means", (_script("bench_kmeans"), "--seconds", "300" if quick else "3000", *device)))
+    return found
+
+
+def start_up(runs: int) -> list[dict[str, Any]]:
+    """Seconds until `--help` of a program is printed, and what of that importing torch takes."""
+    commands = {"pretrain --help": ("-m", "k2ssl.bin.pretrain", "--help"), "import torch": ("-c", "import torch")}
+    lines = []
+    for name, command in commands.items():
+        seconds = []
+        for _ in range(runs + 1):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - started)
+        lines.append({"what": name, "seconds": statistics.median(seconds[1:]), **summary(seconds[1:]), **machine(torch.device("cpu"))})
+    return lines
+
+
+def run(benchmark: Benchmark) -> list[dict[str, Any]]:
+    """The JSON objects that it prints; one with "error" if it fails."""
+    done = subprocess.run([sys.executable, *benchmark.command], capture_output=True, text=True)
+    lines = json_objects(done.stdout)
+    if done.returncode:
+        lines.append({"error": f"exit status {done.returncode}: {done.stderr.strip()[-300:]}"})
+    return lines
+
+
+def json_objects(text: str) -> list[dict[str, Any]]:
+    """All JSON objects in `text`, on one line each or on several; other text is passed over."""
+    decoder, found, position = json.JSONDecoder(), [], text.find("{")
+    while position >= 0:
+        try:
+            value, end = decoder.raw_decode(text, position)
+            found.append(value)
+        except json.JSONDecodeError:
+            end = position + 1
+        position = text.find("{", end)
+    return found
+
+
+def row(name: str, line: dict[str, Any]) -> dict[str, Any]:
+    """A table's row: texts name the case, numbers are the figures; what is the same in all rows is left out."""
+    common = {"device", "torch", "torchaudio", "python", "threads", "runs", "batch"}
+    numbers = {
+        key: value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool) and key not in common
+    }
+    texts = [str(value) for key, value in line.items() if key not in numbers and key not in common]
+    figures = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    return {"benchmark": name, "case": " ".join(texts)[:200], "figures": figures}
+
+
+def _script(name: str) -> str:
+    return str(SCRIPTS / f"{name}.py")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--audio-dir", type=Path, help="folder of 16 kHz FLAC, for the loader and k-means")
+    parser.add_argument("--quick", action="store_true", help="small models and batches: does it run, not how fast")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="first words of the benchmarks to run")
+    parser.add_argument("--output", type=Path, default=Path("bench.jsonl"), help="where the lines go (default: %(default)s)")
+    options = parser.parse_args()
+    rows = []
+    with options.output.open("w") as output:
+        chosen = [Benchmark("start-up", ()), *benchmarks(options)]
+        for benchmark in chosen:
+            if options.only and not any(benchmark.name.startswith(name) for name in options.only):
+                continue
+            print(f"{benchmark.name}: {shlex.join(benchmark.command)}", file=sys.stderr, flush=True)
+            for line in run(benchmark) if benchmark.command else start_up(5):
+                output.write(json.dumps({"benchmark": benchmark.name, "command": shlex.join(benchmark.command), **line}) + "\n")
+                output.flush()
+                rows.append(row(benchmark.name, line))
+    print(table(rows, ["benchmark", "case", "figures"]))
+    return 1 if any("exit status" in row["case"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

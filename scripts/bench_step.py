@@ -1,0 +1,220 @@
+"""Time one training step, ours and torchaudio's HuBERT side by side, split into its stages; one JSON line per measurement.
+
+    OMP_NUM_THREADS=2 PYTHONPATH=. python scripts/bench_step.py --models zipformer_base torchaudio_hubert_base --precisions float32
+
+Every measurement runs in a process of its own, one after the other. `memory_gb` is the most memory held beyond what imports need (on CUDA:
+by the allocator), parameters, gradients and optimizer state included. `cpu_seconds` is the processor time of a
+step, which with one thread (OMP_NUM_THREADS=1) says more than the clock where other work runs beside. Stages: frontend, encoder (forward), loss (the rest of the forward
+pass), backward, optimizer. The peer's step is torchaudio's model, its masked logits' cross-entropy with feature penalty, and AdamW. With
+`--inference` the forward pass to encoder frames alone is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+from benchmark import PeakMemory, Stopwatch, in_own_process, machine, summary, synthetic_batch, table
+from torch import Tensor, nn
+
+from k2ssl.models.frontend import LogMelConfig, WaveformFrontend
+from k2ssl.models.hubert import HubertConfig, HubertModel
+from k2ssl.optim.build import OptimConfig, build_optimizer
+
+SIZES = ("tiny", "zipformer_base", "zipformer_large", "hubert_base", "hubert_large")
+PEERS = {
+    "torchaudio_hubert_base": torchaudio.models.hubert_pretrain_base,
+    "torchaudio_hubert_large": torchaudio.models.hubert_pretrain_large,
+}
+STAGES = ("frontend", "encoder", "loss", "backward", "optimizer")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Ours:
+    """One of our models with the optimizer that its published recipe uses."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        config = getattr(HubertConfig, options.model)()
+        if options.frontend == "logmel":
+            config = replace(config, frontend=LogMelConfig(gradient_scale=config.frontend.gradient_scale))
+        self.model = HubertModel(config).to(device).train()
+        self.model.clock.advance(options.batch_count)
+        self.model.encoder.recompute_layers = options.recompute_layers
+        if isinstance(self.model.frontend, WaveformFrontend):
+            self.model.frontend.fast = not options.plain_frontend
+        self.frontend, self.encoder = self.model.frontend, self.model.encoder
+        self.optimizer = build_optimizer(OptimConfig(name="adamw", lr=1e-4) if "hubert" in options.model else OptimConfig(), self.model)
+        samples = round(options.seconds * 16000)
+        classes = config.head.num_classes
+        self.batch = synthetic_batch(options.utterances, samples, self.model.frontend.num_frames(samples), classes).to(device)
+
+    def infer(self) -> Tensor:
+        frames: Tensor = self.model.encode(self.batch.audio).output.frames
+        return frames
+
+    def loss(self) -> Tensor:
+        output = self.model(self.batch)
+        return output.loss / output.num_targets
+
+
+class Peer:
+    """torchaudio's HuBERT for pre-training."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.model: nn.Module = PEERS[options.model](num_classes=504).to(device).train()
+        self.frontend, self.encoder = self.model.wav2vec2.feature_extractor, self.model.wav2vec2.encoder.transformer
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        samples = round(options.seconds * 16000)
+        classes = (self.model.logit_generator.label_embeddings.shape[0],)
+        self.batch = synthetic_batch(options.utterances, samples, (samples - 400) // 320 + 1, classes).to(device)
+
+    def infer(self) -> Tensor:
+        frames: Tensor = self.model.wav2vec2(self.batch.audio)[0]
+        return frames
+
+    def loss(self) -> Tensor:
+        logits, _, penalty = self.model(self.batch.audio, self.batch.labels[0])
+        logits = logits.float()
+        return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long)) + 10.0 * penalty  # class 0 is the label
+
+
+def timed_stages(job: Ours | Peer, device: torch.device, autocast: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of every stage of one step."""
+    frontend, encoder = Stopwatch(device), Stopwatch(device)
+    own = job.frontend.forward, job.encoder.forward
+    job.frontend.forward, job.encoder.forward = frontend.wrap(own[0]), encoder.wrap(own[1])  # type: ignore[method-assign]
+    try:
+        job.optimizer.zero_grad(set_to_none=True)
+        moments = [frontend.now()]
+        with autocast():
+            loss = job.loss()
+        moments.append(frontend.now())
+        loss.backward()  # type: ignore[no-untyped-call]
+        moments.append(frontend.now())
+        job.optimizer.step()
+        moments.append(frontend.now())
+    finally:
+        job.frontend.forward, job.encoder.forward = own  # type: ignore[method-assign]
+    forward, backward, optimizer = (after - before for before, after in itertools.pairwise(moments))
+    rest = forward - frontend.seconds - encoder.seconds
+    return dict(zip(STAGES, (frontend.seconds, encoder.seconds, rest, backward, optimizer), strict=True))
+
+
+def timed_inference(job: Ours | Peer, device: torch.device, autocast: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of one forward pass."""
+    job.model.eval()
+    watch = Stopwatch(device)
+    with torch.inference_mode(), autocast():
+        watch.wrap(job.infer)()
+    return {"forward": watch.seconds}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The measurement of one model, in this process."""
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    memory = PeakMemory(device)
+    dtype = PRECISIONS[options.precision]
+    started = time.perf_counter()
+    job = (Peer if options.model in PEERS else Ours)(options, device)
+    if options.compile:
+        job.encoder.compile()
+    run = timed_inference if options.inference else timed_stages
+
+    def autocast() -> Any:
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+    runs, cpu = [], []
+    for step in range(options.warmup + options.steps):
+        cpu_started = time.process_time()
+        seconds = run(job, device, autocast)
+        if step == 0:
+            first = time.perf_counter() - started
+        if step >= options.warmup:
+            runs.append(seconds)
+            cpu.append(time.process_time() - cpu_started)
+    stages = {stage: summary(run[stage] for run in runs)["median"] for stage in runs[0]}
+    whole = summary(sum(run.values()) for run in runs)
+    audio = options.utterances * options.seconds
+    return {
+        "what": "inference" if options.inference else "training step",
+        "model": options.model,
+        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "frontend_kind": "waveform" if options.model in PEERS else options.frontend,
+        "precision": options.precision,
+        "batch": f"{options.utterances} x {options.seconds:g} s",
+        "seconds": whole["median"],
+        **{key: whole[key] for key in ("min", "max", "runs")},
+        "cpu_seconds": summary(cpu)["median"],
+        "times_real_time": round(audio / whole["median"], 2),
+        "memory_gb": round(memory.gigabytes(), 3),
+        **stages,
+        "optimizer_share": round(stages.get("optimizer", 0.0) / whole["median"], 4),
+        "build_and_first_step": round(first, 2),
+        **{name: True for name in ("recompute_layers", "plain_frontend", "compile") if getattr(options, name)},
+        **machine(device),
+        "torchaudio": torchaudio.__version__,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", default=["zipformer_base"], choices=(*SIZES, *PEERS), metavar="MODEL", help=f"{', '.join((*SIZES, *PEERS))}"
+    )
+    parser.add_argument("--precisions", nargs="+", default=["float32"], choices=tuple(PRECISIONS))
+    parser.add_argument("--frontends", nargs="+", default=["waveform"], choices=("waveform", "logmel"), help="of our models")
+    parser.add_argument("--utterances", type=int, default=4, help="in the batch (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each utterance (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
+    parser.add_argument("--batch-count", type=float, default=10000.0, help="where our schedules stand (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--inference", action="store_true", help="forward pass only")
+    parser.add_argument("--recompute-layers", action="store_true", help="activation checkpointing of our encoders")
+    parser.add_argument("--plain-frontend", action="store_true", help="our waveform frontend without its fast path")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the encoder")
+    parser.add_argument("--table", action="store_true", help="print a table at the end")
+    parser.add_argument("--one", nargs=3, metavar=("MODEL", "PRECISION", "FRONTEND"), help="measure in this process")
+    options = parser.parse_args()
+    if options.steps < 1 or options.warmup < 1 or options.utterances < 1 or not options.seconds >= 0.1:
+        parser.error("--steps, --warmup and --utterances are at least 1, --seconds at least 0.1")
+    if options.one:
+        options.model, options.precision, options.frontend = options.one
+        print(json.dumps(measure(options)))
+        return 0
+    lines = []
+    for precision, model, frontend in itertools.product(options.precisions, options.models, options.frontends):
+        if model in PEERS and frontend != options.frontends[0]:
+            continue
+        line = in_own_process(__file__, [*sys.argv[1:], "--one", model, precision, frontend])
+        lines.append({"model": model, "precision": precision, **line})
+        print(json.dumps(lines[-1]), flush=True)
+    if options.table:
+        columns = [
+            "model",
+            "precision",
+            "frontend_kind",
+            "seconds",
+            "min",
+            "max",
+            "memory_gb",
+            *(("forward",) if options.inference else STAGES),
+            "error",
+        ]
+        print(table(lines, columns))
+    return 1 if any("error" in line for line in lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The benchmarks' arithmetic and form, never their times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture
+def benchmark(scripts: None) -> ModuleType:
+    import benchmark  # type: ignore[import-not-found]
+
+    return benchmark
+
+
+def test_summary_holds_median_and_spread(benchmark: ModuleType) -> None:
+    assert benchmark.summary([5.0, 1.0, 2.0, 9.0, 3.0]) == {"median": 3.0, "min": 1.0, "max": 9.0, "runs": 5}
+
+
+def test_table_has_a_row_for_each_measurement_and_leaves_missing_cells_empty(benchmark: ModuleType) -> None:
+    text = benchmark.table([{"model": "a", "seconds": 0.12345}, {"model": "b", "error": "x"}], ["model", "seconds"])
+    assert text.splitlines() == ["| model | seconds |", "| --- | --- |", "| a | 0.123 |", "| b |  |"]
+
+
+def test_a_failed_measurement_is_reported_and_does_not_stop_the_others(benchmark: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("import sys\nsys.exit('out of luck')\n")
+    assert benchmark.in_own_process(str(script), [])["error"] == "exit status 1: out of luck"
+
+
+def test_peak_memory_is_what_was_held_at_once(benchmark: ModuleType) -> None:
+    code = (
+        "import torch, benchmark\n"
+        "memory = benchmark.PeakMemory(torch.device('cpu'))\n"
+        "big = torch.ones(50_000_000)\n"
+        "del big\n"
+        "print(memory.gigabytes())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SCRIPTS)
+    assert 0.19 < float(done.stdout) < 0.26
+
+
+def test_json_objects_are_found_on_one_line_and_on_several(scripts: None) -> None:
+    import bench_all  # type: ignore[import-not-found]
+
+    text = 'a line\n{"a": 1}\n{\n  "b": {"c": 2}\n}\n| table | {no json} |\n'
+    assert bench_all.json_objects(text) == [{"a": 1}, {"b": {"c": 2}}]
+
+
+@pytest.mark.parametrize("model", ["tiny", "torchaudio_hubert_base"])
+def test_one_step_is_measured_in_all_its_stages(
+    scripts: None, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_step  # type: ignore[import-not-found]
+
+    from tests.models.test_hubert_parity import torchaudio_model
+
+    monkeypatch.setitem(bench_step.PEERS, "torchaudio_hubert_base", lambda num_classes: torchaudio_model(False))
+    arguments = ["--utterances", "2", "--seconds", "0.5", "--steps", "2", "--one", model, "bfloat16", "waveform"]
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *arguments])
+    assert bench_step.main() == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["runs"] == 2 and line["batch"] == "2 x 0.5 s" and line["precision"] == "bfloat16"
+    assert all(line[stage] > 0 for stage in bench_step.STAGES)
+    assert line["min"] <= line["seconds"] <= line["max"]
+    assert line["seconds"] == pytest.approx(sum(line[stage] for stage in bench_step.STAGES), rel=0.5)
