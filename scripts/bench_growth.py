@@ -21,8 +21,8 @@ from benchmark import in_own_process
 
 STEP = str(Path(__file__).parent / "bench_step.py")
 AXES = {
-    "batch_seconds": "audio in the batch, s (utterances of 5 s)",
-    "utterance_seconds": "length of an utterance, s (batches of 30 s)",
+    "batch_seconds": "audio in the batch, s",
+    "utterance_seconds": "length of an utterance, s, in batches of equal length",
     "model": "",
 }
 
