@@ -6,6 +6,7 @@ rates. What is not known is null.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -259,12 +260,13 @@ def usage_of(folder: Path) -> Usage:
 
 
 def updates_of(folder: Path) -> int | None:
-    """The last optimizer step that metrics.jsonl tells of; None without such a file."""
-    try:
+    """The last optimizer step of a run, by its checkpoints (the log has lines every so many steps only, checkpoints may have been removed)
+    and metrics.jsonl; None where neither tells."""
+    numbers = (path.stem.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*.pt"))
+    steps = [int(number) for number in numbers if number.isdecimal()]
+    with contextlib.suppress(OSError):
         records, _ = read_json_lines(folder / "metrics.jsonl")
-    except OSError:
-        return None
-    steps = [record["step"] for record in records if record.get("kind") == "train" and isinstance(record.get("step"), int)]
+        steps += [record["step"] for record in records if record.get("kind") == "train" and isinstance(record.get("step"), int)]
     return max(steps, default=None)
 
 

@@ -173,10 +173,14 @@ def test_text_that_is_no_json_is_refused(world: Any) -> None:
         read_card(world.out / "card.json")
 
 
-def test_updates_are_the_last_step_of_training(world: Any, tmp_path: Path) -> None:
-    (world.out / "ssl/metrics.jsonl").write_text('{"kind": "train", "step": 7}\n{"kind": "valid", "step": 9}\n{"kind": "tr\n')
-    assert updates_of(world.out / "ssl") == 7
+def test_updates_are_those_of_the_newest_checkpoint_or_of_the_last_line_of_the_log(tmp_path: Path) -> None:
     assert updates_of(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 7}\n{"kind": "valid", "step": 9}\n{"kind": "tr\n')
+    assert updates_of(tmp_path) == 7
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step-000000006.pt", "step-000000008.pt", "step-later.pt", ".step-000000009.pt.x.part"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert updates_of(tmp_path) == 8
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
