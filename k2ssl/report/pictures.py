@@ -104,10 +104,13 @@ def _wrapped(text: str) -> str:
 def _curve(panel: Axes, records: Sequence[Mapping[str, Any]], key: str, factor: float, color: str, name: str) -> None:
     """Training and validation of one run; the legend names it once."""
     label: str | None = name
+    style: dict[str, Any]
     for kind, style in (("train", {"linewidth": 1.0}), ("valid", {"marker": ".", "linestyle": "--", "linewidth": 0.8})):
         some = [(r["step"], r[key]) for r in records if r.get("kind") == kind and isinstance(r.get(key), int | float) and "step" in r]
         if some:
             steps, values = zip(*some, strict=True)
+            if len(some) == 1:  # a line of one point is none
+                style = {"marker": "+"} | style
             panel.plot(steps, [factor * value for value in values], color=color, label=label, **style)
             label = None
 

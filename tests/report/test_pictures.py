@@ -64,6 +64,13 @@ def test_curves_show_every_run_with_its_validation(world: Any, drawn: list[Any],
     assert_apart(figure)
 
 
+def test_a_run_with_one_line_in_its_log_is_seen_too(drawn: list[Any]) -> None:
+    for steps in ([50], [50, 100]):
+        records = [{"kind": "train", "step": step, "loss_masked": 9.0, "loss": 9.0} for step in steps]
+        assert pictures.loss_curves({"short": ("pretrain", records)}) is not None
+    assert [figure.axes[0].lines[0].get_marker() for figure in drawn] == ["+", "None"]
+
+
 def test_without_records_there_are_no_curves(world: Any) -> None:
     assert pictures.loss_curves({"a": ("pretrain", [])}) is None
 
