@@ -41,7 +41,7 @@ check "k2" bash scripts/test_k2.sh
 # of everything, one half beside the other, with one thread each: tiny models gain nothing from more
 split=()
 if [ $# -eq 0 ] && [ "$(nproc)" -ge 2 ] && "$python" -c 'import xdist' 2>/dev/null; then
-    split=(--numprocesses 2 --dist loadfile)
+    split=(--numprocesses 2 --dist loadfile --no-loadscope-reorder) # in order, which ends with short files
     OMP_NUM_THREADS=1
 fi
 
