@@ -43,6 +43,6 @@ if [ "$stop_stage" -ge 1 ]; then
         --pretrain2-conf "$recipe/conf/iteration2.toml" --pretrain2-steps "$pretrain2_steps" --pretrain-averaged "$averaged" \
         --ctc-conf "$recipe/conf/finetune/ctc.toml" --ctc-steps "$finetune_steps" \
         --transducer-conf "$recipe/conf/finetune/transducer.toml" --transducer-steps "$finetune_steps" --finetune-averaged "$averaged" \
-        --kmeans-batches 12 --layer-clusters 100 --label-layer layer3 --init-weights average --init-batch-count 20000 --vocab-size 30 \
+        --kmeans-batches 12 --layer-clusters 100 --label-layer layer3 --init-weights average --init-batch-count 0 --vocab-size 30 \
         --scratch "$scratch" --seed "$seed" --num-workers "$num_workers" --device "$device" --quiet "$quiet"
 fi
