@@ -73,9 +73,7 @@ def run_alignment(job: Align) -> None:
     job.check_inputs()
     output = job.check_file_and_process("; give each a part of the manifests")
     with refusing():
-        trained = job.load_model(device)
-        if trained.model.ctc is None:
-            raise ValueError(f"{job.checkpoints[0]}: has no CTC head, which alignment takes; its heads are {trained.model.config.heads!r}")
+        trained = job.load_ctc_model(device, "which alignment takes")
         cuts = Chained(CutLists(job.cuts).open())
         totals = cut_totals(cuts, _id_checker())
     unaligned: Unaligned = {}

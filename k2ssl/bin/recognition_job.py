@@ -85,3 +85,14 @@ class RecognitionJob:
             ValueError: see `load_trained`.
         """
         return load_trained(self.checkpoints, self.weights, self.after, device, choose_precision(self.precision, device))
+
+    def load_ctc_model(self, device: torch.device, use: str) -> TrainedModel:
+        """The same, for a program that needs a CTC head; `use` says for what.
+
+        Raises:
+            ValueError: as `load_model`; the model has no such head.
+        """
+        trained = self.load_model(device)
+        if trained.model.ctc is None:
+            raise ValueError(f"{self.checkpoints[0]}: has no CTC head, {use}; its heads are {trained.model.config.heads!r}")
+        return trained

@@ -53,11 +53,7 @@ def run(job: WriteScores) -> None:
     job.check_inputs()
     output = job.check_file_and_process("; give each a part of the manifests")
     with refusing():
-        trained = job.load_model(device)
-        if trained.model.ctc is None:
-            raise ValueError(
-                f"{job.checkpoints[0]}: has no CTC head, whose scores are written; its heads are {trained.model.config.heads!r}"
-            )
+        trained = job.load_ctc_model(device, "whose scores are written")
         cuts = Chained(CutLists(job.cuts).open())
         totals = cut_totals(cuts, lambda cut: None)
     with (
