@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from k2ssl.models.frontend import LogMelConfig, WaveformFrontend
 from k2ssl.models.hubert import HubertConfig, HubertModel
+from k2ssl.nn.fusion import use_fusion
 from k2ssl.optim.build import OptimConfig, build_optimizer
 
 SIZES = ("tiny", "zipformer_base", "zipformer_large", "hubert_base", "hubert_large")
@@ -127,8 +128,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     dtype = PRECISIONS[options.precision]
     started = time.perf_counter()
     job = (Peer if options.model in PEERS else Ours)(options, device)
-    if options.compile:
-        job.encoder.compile()
+    if options.fuse:
+        use_fusion("inductor")
     run = timed_inference if options.inference else timed_stages
 
     def autocast() -> Any:
@@ -161,7 +162,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **stages,
         "optimizer_share": round(stages.get("optimizer", 0.0) / whole["median"], 4),
         "build_and_first_step": round(first, 2),
-        **{name: True for name in ("recompute_layers", "plain_frontend", "compile") if getattr(options, name)},
+        **{name: True for name in ("recompute_layers", "plain_frontend", "fuse") if getattr(options, name)},
         **machine(device),
         "torchaudio": torchaudio.__version__,
     }
@@ -183,7 +184,7 @@ def main() -> int:
     parser.add_argument("--inference", action="store_true", help="forward pass only")
     parser.add_argument("--recompute-layers", action="store_true", help="activation checkpointing of our encoders")
     parser.add_argument("--plain-frontend", action="store_true", help="our waveform frontend without its fast path")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the encoder")
+    parser.add_argument("--fuse", action="store_true", help="chains of elementwise operations compiled (ours)")
     parser.add_argument("--table", action="store_true", help="print a table at the end")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "PRECISION", "FRONTEND"), help="measure in this process")
     options = parser.parse_args()

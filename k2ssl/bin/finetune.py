@@ -56,6 +56,8 @@ class Finetune(TrainingJob):
         seed: of the weights that are drawn, the order of the data and everything drawn during training.
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
         activation_checkpointing: compute the layers again in the backward pass: less memory, a third more time.
+        fuse: compile chains of elementwise operations into one kernel each; needs a C++ compiler on a CPU, Triton on a GPU, and takes a
+            minute or two more at the first start on a machine. Results differ in rounding.
         resume: auto: go on with the run in OUTPUT if there is one; never: refuse such a folder; or the checkpoint to go on from where OUTPUT
             has none yet, of a fine-tuning run with this tokenizer.
         accept_changes: go on with settings that have changed. Of those of the optimizer only the rates are taken over.

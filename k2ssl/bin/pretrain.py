@@ -44,6 +44,8 @@ class Pretrain(TrainingJob):
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
         activation_checkpointing: compute the layers again in the backward pass instead of keeping what they computed: less memory, a
             third more time.
+        fuse: compile chains of elementwise operations into one kernel each; needs a C++ compiler on a CPU, Triton on a GPU, and takes a
+            minute or two more at the first start on a machine. Results differ in rounding.
         resume: auto goes on with the run in OUTPUT if there is one; never refuses such a folder; or the checkpoint of another run to go
             on from where OUTPUT has none yet.
         accept_changes: go on although the settings have changed. Of those of the optimizer only the rates are taken over.

@@ -25,6 +25,7 @@ from k2ssl.config import ConfigError
 from k2ssl.models.frontend import WaveformFrontend
 from k2ssl.models.transformer import TransformerLayer
 from k2ssl.models.zipformer_layer import ZipformerLayer
+from k2ssl.nn.fusion import check_fusion, use_fusion
 from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, build_schedule
 from k2ssl.report.card import begin_card, finish_card
 from k2ssl.structure import to_dict
@@ -79,6 +80,7 @@ class TrainingJob:
     seed: int = 42
     device: str = "auto"
     activation_checkpointing: bool = False
+    fuse: bool = False
     resume: str = "auto"
     accept_changes: bool = False
     estimate: bool = False
@@ -135,6 +137,8 @@ def run_training(
         is_trial = job.estimate or job.tune or job.diagnose != "no"
         start = Start()
         with refusing():
+            use_fusion("inductor" if job.fuse else None)
+            check_fusion(device)
             data = open_data()
             if distributed.is_main() and not is_trial:
                 # before we look: who trains there now may write a newer checkpoint than we would find

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from k2ssl.nn.dropout import Dropout
+from k2ssl.nn.fusion import fuses, fusible
 from k2ssl.nn.initial import scale_initial
 from k2ssl.nn.schedule import Clock, Schedule
 
@@ -61,6 +62,7 @@ class Swoosh:
 
 swoosh_l = Swoosh("l", shift=4.0, offset=0.035)  # for feed-forward layers: "normally off"
 swoosh_r = Swoosh("r", shift=1.0, offset=0.313261687)  # zero at x = 0: for convolutions
+_BY_NAME = {"l": swoosh_l, "r": swoosh_r}
 
 
 class SwooshDropoutLinear(nn.Module):
@@ -131,6 +133,8 @@ class _SwooshDropoutLinear(torch.autograd.Function):
 
 def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
     """activation(x) * mask in `dtype`."""
+    if fuses() and _kernels is None:
+        return _activate_chain(x, mask, activation.name, dtype)
     hidden = torch.empty_like(x, dtype=dtype)
     for part in _parts(x):
         values = activation.value(_at_least_float32(x[part]))
@@ -140,6 +144,8 @@ def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.d
 
 def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
     """grad * activation'(x) * mask in the dtype of `x`."""
+    if fuses() and _kernels is None:
+        return _derivative_chain(grad, x, mask, activation.name)
     grad_x = torch.empty_like(x)
     for part in _parts(x):
         derivative = activation.derivative(_at_least_float32(x[part]))
@@ -147,6 +153,21 @@ def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: 
             derivative *= mask[part[0]]
         grad_x[part] = derivative.mul_(grad[part])
     return grad_x
+
+
+@fusible
+def _activate_chain(x: Tensor, mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
+    """`_activate` at once; by the activation's name, since a compiled function takes its constants for arguments otherwise."""
+    wide = _at_least_float32(x)
+    values = F.softplus(wide - _BY_NAME[name].shift) - _SLOPE * wide - _BY_NAME[name].offset
+    return (values if mask is None else values * mask).to(dtype)
+
+
+@fusible
+def _derivative_chain(grad: Tensor, x: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """`_times_derivative` at once."""
+    derivative = torch.sigmoid(_at_least_float32(x) - _BY_NAME[name].shift) - _SLOPE
+    return ((derivative if mask is None else derivative * mask) * grad).to(x.dtype)
 
 
 def _parts(x: Tensor) -> Iterator[tuple[int | slice, ...]]:

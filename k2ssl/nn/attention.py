@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from k2ssl.nn.balancer import Balancer
+from k2ssl.nn.fusion import fusible
 from k2ssl.nn.initial import scale_initial
 from k2ssl.nn.keep_in_graph import keep_in_graph
 from k2ssl.nn.schedule import Clock, Schedule
@@ -56,17 +57,15 @@ class AttentionWeights(nn.Module):
         query, key, pos_query = self.in_proj(x).split(self.widths, dim=-1)
         key = self.key_whiten(self.key_balancer(key))
         query, key, pos_query = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, pos_query))
+        positional: Tensor | None = None
         if self.training and self.clock.chance(self.skip_position_rate(self.clock.batch_count)):
             query = keep_in_graph(query, (self.linear_pos.weight,))
-            scores = query @ key.transpose(2, 3)
         else:
             pos_key = self.linear_pos(positions).unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0)  # (H, pos_head_dim, 2T-1)
-            scores = query @ key.transpose(2, 3) + _align_relative(pos_query @ pos_key)
-        if self.training and self.clock.chance(_SCORE_PENALTY_PROBABILITY):
-            scores = _PenaliseLargeScores.apply(scores)
-        if padding_mask is not None:
-            scores = scores.masked_fill(padding_mask[:, None, None, :], _PADDING_SCORE)
-        return softmax(scores)
+            positional = _align_relative(pos_query @ pos_key)
+        content = query @ key.transpose(2, 3)
+        penalise = self.training and self.clock.chance(_SCORE_PENALTY_PROBABILITY)
+        return score_softmax(content, positional, padding_mask, penalise)
 
 
 class SelfAttention(nn.Module):
@@ -123,11 +122,18 @@ def make_uniform(weights: Tensor) -> Tensor:
     return positive / positive.sum(dim=-1, keepdim=True)
 
 
-def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis, computed in float32; under autocast the result is kept, and returned, in the autocast dtype."""
-    device_type = scores.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else scores.dtype
-    return _Softmax.apply(scores, dtype)
+def score_softmax(content: Tensor, positional: Tensor | None = None, padding_mask: Tensor | None = None, penalise: bool = False) -> Tensor:
+    """Softmax over keys of the sum of scores, in float32; under autocast the result is kept, and returned, in the autocast dtype.
+
+    Args:
+        content: (N, H, T, T) scores.
+        positional: the same, to be added; None for none.
+        padding_mask: (N, T) bool, True at keys that get the weight 0.
+        penalise: add a constant gradient that pulls back sums whose size exceeds 25. Only then the scores are kept for the backward pass.
+    """
+    device_type = content.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else content.dtype
+    return _ScoreSoftmax.apply(content, positional, padding_mask, penalise, dtype)
 
 
 def _attend(values: Tensor, weights: Tensor, num_heads: int) -> Tensor:
@@ -144,36 +150,41 @@ def _align_relative(scores: Tensor) -> Tensor:
     return scores.as_strided((n, heads, frames, frames), (stride_n, stride_h, stride_t - 1, 1), scores.storage_offset() + frames - 1)
 
 
-class _Softmax(torch.autograd.Function):
+class _ScoreSoftmax(torch.autograd.Function):
     """Saves only its result, in the reduced precision it is used in; the backward pass runs in float32."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, dtype: torch.dtype) -> Tensor:
-        weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
-        ctx.save_for_backward(weights)
-        ctx.dtype = scores.dtype
+    def forward(
+        ctx: Any, content: Tensor, positional: Tensor | None, padding_mask: Tensor | None, penalise: bool, dtype: torch.dtype
+    ) -> Tensor:
+        weights = _weights(content, positional, padding_mask, dtype)
+        scores = None
+        if penalise:
+            scores = content if positional is None else content + positional
+        ctx.save_for_backward(weights, scores)
+        ctx.dtype = content.dtype
         return weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weights,) = ctx.saved_tensors
-        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        product = grad.to(weights.dtype) * weights
-        return (product - weights * product.sum(dim=-1, keepdim=True)).to(ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, scores = ctx.saved_tensors
+        grad = _score_gradient(grad, weights, ctx.dtype)
+        if scores is not None:  # hardshrink is 0 inside +-limit
+            grad += _SCORE_PENALTY * F.hardshrink(scores, _SCORE_LIMIT).sign().to(grad.dtype)
+        return grad, grad if ctx.needs_input_grad[1] else None, None, None, None
 
 
-class _PenaliseLargeScores(torch.autograd.Function):
-    """Identity; adds a constant gradient that pulls back scores whose size exceeds the limit."""
+@fusible
+def _weights(content: Tensor, positional: Tensor | None, padding_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    scores = content if positional is None else content + positional
+    if padding_mask is not None:
+        scores = scores.masked_fill(padding_mask[:, None, None, :], _PADDING_SCORE)
+    return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
 
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
-        ctx.save_for_backward(scores)
-        return scores.view_as(scores)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (scores,) = ctx.saved_tensors
-        # hardshrink is 0 inside +-limit
-        return grad + _SCORE_PENALTY * F.hardshrink(scores, _SCORE_LIMIT).sign().to(grad.dtype)
+@fusible
+def _score_gradient(grad: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    product = grad.to(weights.dtype) * weights
+    return (product - weights * product.sum(dim=-1, keepdim=True)).to(dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from k2ssl.nn.dropout import keep_mask
+from k2ssl.nn.fusion import fusible
 from k2ssl.nn.limit import limit_value
 from k2ssl.nn.schedule import Clock, Schedule, constant
 
@@ -38,6 +39,11 @@ class Bypass(nn.Module):
             skip_rate = self.skip_rate(count)
             if skip_rate > 0.0:
                 scale = scale * keep_mask((before.shape[0], 1, 1), skip_rate, self.clock, scale)
-        # under autocast the float32 scale makes the sum float32, as in the published system: the stream that all layers add to is
-        # then not rounded to 8 or 11 bits by each of them
-        return before + (after - before) * scale
+        return _interpolate(before, after, scale)
+
+
+@fusible
+def _interpolate(before: Tensor, after: Tensor, scale: Tensor) -> Tensor:
+    # under autocast the float32 scale makes the sum float32, as in the published system: the stream that all layers add to is
+    # then not rounded to 8 or 11 bits by each of them
+    return before + (after - before) * scale

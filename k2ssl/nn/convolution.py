@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from k2ssl.nn.activation import SwooshDropoutLinear, swoosh_r
 from k2ssl.nn.balancer import Balancer
+from k2ssl.nn.fusion import fusible
 from k2ssl.nn.schedule import Clock, Schedule
 from k2ssl.nn.whiten import Whiten
 
@@ -51,11 +52,15 @@ class ConvolutionModule(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(N, T, C) -> (N, T, C); `padding_mask` (N, T) True at padding."""
         x, gate = self.in_proj(x).chunk(2, dim=-1)
-        x = x * self.gate_balancer(gate).sigmoid()
-        if padding_mask is not None:
-            x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        x = self.depthwise(x)
+        x = self.depthwise(_gated(x, self.gate_balancer(gate), padding_mask))
         return self.out_proj(self.whiten(self.balancer(x)))
+
+
+@fusible
+def _gated(x: Tensor, gate: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """x sigmoid(gate), zero at padding."""
+    x = x * gate.sigmoid()
+    return x if padding_mask is None else x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
 
 
 class DepthwiseConvolution(nn.Conv1d):

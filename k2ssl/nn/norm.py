@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from k2ssl.nn.fusion import fusible
 from k2ssl.nn.limit import limit_value
 from k2ssl.nn.schedule import Clock
 
@@ -45,22 +46,34 @@ class _BiasNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32))
-        # a frame of zeros (padding) with a zero bias has no direction to normalise: keep it zero instead of 0 / 0
-        mean_square = (wide - bias).square().mean(dim=-1, keepdim=True).clamp_min(1e-20)
-        scale = mean_square.rsqrt() * log_scale.to(wide.dtype).exp()
+        y, scale, mean_square = _normalise(x, bias, log_scale)
         ctx.save_for_backward(x, bias, scale, mean_square)
-        return (wide * scale).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, bias, scale, mean_square = ctx.saved_tensors
-        wide = x.to(scale.dtype)
-        grad = grad.to(scale.dtype)
-        # y = x s with s = exp(log_scale) m^(-1/2), m = mean((x - bias)^2); the path through s gives -(sum g y) (x - bias) / (m C)
-        through_scale = (grad * wide).sum(dim=-1, keepdim=True) * scale
-        grad_centred = (wide - bias) * (through_scale / (mean_square * x.shape[-1]))
-        grad_x = (grad * scale - grad_centred).to(x.dtype)
-        grad_bias = grad_centred.reshape(-1, x.shape[-1]).sum(dim=0)
-        return grad_x, grad_bias.to(bias.dtype), through_scale.sum().to(bias.dtype)
+        return _gradients(grad, *ctx.saved_tensors)
+
+
+@fusible
+def _normalise(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and per frame (..., 1) its scale and the mean square that it comes from."""
+    wide = x.to(torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32))
+    # a frame of zeros (padding) with a zero bias has no direction to normalise: keep it zero instead of 0 / 0
+    mean_square = (wide - bias).square().mean(dim=-1, keepdim=True).clamp_min(1e-20)
+    scale = mean_square.rsqrt() * log_scale.to(wide.dtype).exp()
+    return (wide * scale).to(x.dtype), scale, mean_square
+
+
+@fusible
+def _gradients(grad: Tensor, x: Tensor, bias: Tensor, scale: Tensor, mean_square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `x`, the bias and the logarithmic scale."""
+    wide = x.to(scale.dtype)
+    grad = grad.to(scale.dtype)
+    # y = x s with s = exp(log_scale) m^(-1/2), m = mean((x - bias)^2); the path through s gives -(sum g y) (x - bias) / (m C)
+    through_scale = (grad * wide).sum(dim=-1, keepdim=True) * scale
+    grad_centred = (wide - bias) * (through_scale / (mean_square * x.shape[-1]))
+    grad_x = (grad * scale - grad_centred).to(x.dtype)
+    grad_bias = grad_centred.reshape(-1, x.shape[-1]).sum(dim=0)
+    return grad_x, grad_bias.to(bias.dtype), through_scale.sum().to(bias.dtype)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k2ssl.nn.fusion import fusible
+
 _PIECE_CPU = 2**20  # elements worked on at a time
 _PIECE = 2**25  # a GPU wants few kernels
 _EPS = 1e-5
@@ -28,10 +30,7 @@ Norm = tuple[Tensor, Tensor]  # weight and bias (C,) of a layer normalisation ov
 
 def activate(rows: Tensor, norm: Norm | None) -> Tensor:
     """gelu(rows), or gelu(layer_norm(rows)) computed in float32 at least; (..., C) in the dtype of `rows`."""
-    if norm is None:
-        return F.gelu(rows)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return F.gelu(F.layer_norm(rows.to(wide), norm[0].shape, norm[0].to(wide), norm[1].to(wide), _EPS)).to(rows.dtype)
+    return F.gelu(rows) if norm is None else _normal_gelu(rows, *norm)
 
 
 def convolve_activated(rows: Tensor, norm: Norm | None, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -129,13 +128,15 @@ class _Convolve(torch.autograd.Function):
                         grad_blocks[skipped:, : len(tap)].addmm_(seen, tap.t())
                     grad_taps[back] += blocks[skipped:, : len(tap)].t() @ seen
                 grad_rows = grad_blocks.view(-1, weight.shape[1])
-                if normal is None or norm is None:
+                if normal is None or norm is None or grad_norm is None:
                     if grad_source is not None:
                         torch.ops.aten.gelu_backward.grad_input(grad_rows, rows, grad_input=grad_source[part])
                         continue
                     grad_rows = torch.ops.aten.gelu_backward(grad_rows.to(rows.dtype), rows)
                 else:
-                    grad_rows = _through_norm(grad_rows, rows, normal, norm, grad_norm)
+                    grad_rows, *parts = _through_norm(grad_rows, rows, *normal, *norm)
+                    for total, part_of_it in zip(grad_norm, parts, strict=True):
+                        total += part_of_it
                 if grad_source is not None:
                     grad_source[part] = grad_rows
                 elif grad_first is not None:
@@ -175,25 +176,30 @@ def _untap(taps: list[Tensor], weight: Tensor) -> Tensor:
     return torch.cat(taps).view(weight.shape[2], weight.shape[1], weight.shape[0]).permute(2, 1, 0).to(weight.dtype)
 
 
+@fusible
+def _normal_gelu(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    wide = _wide(rows.dtype)
+    return F.gelu(F.layer_norm(rows.to(wide), weight.shape, weight.to(wide), bias.to(wide), _EPS)).to(rows.dtype)
+
+
 def _normalised(rows: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Layer normalisation in float32 at least, with the means and inverse deviations of the rows."""
     wide = _wide(rows.dtype)
     return torch.native_layer_norm(rows.to(wide), list(norm[0].shape), norm[0].to(wide), norm[1].to(wide), _EPS)
 
 
-def _through_norm(grad: Tensor, rows: Tensor, normal: tuple[Tensor, Tensor, Tensor], norm: Norm, grad_norm: list[Tensor] | None) -> Tensor:
-    """Gradient of `rows` through normalisation and GELU; adds that of the normalisation's parameters to `grad_norm`."""
+@fusible
+def _through_norm(
+    grad: Tensor, rows: Tensor, output: Tensor, mean: Tensor, inv_std: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients through normalisation and GELU: of `rows` in their dtype, of the weight and of the bias in float32 at least."""
     wide = _wide(rows.dtype)
-    output, mean, inv_std = normal
     grad = torch.ops.aten.gelu_backward(grad.to(wide), output)
-    weight, bias = norm[0].to(wide), norm[1].to(wide)
+    weight, bias = weight.to(wide), bias.to(wide)
     grad_rows, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad, rows.to(wide), list(weight.shape), mean, inv_std, weight, bias, [True, True, True]
     )
-    assert grad_norm is not None
-    grad_norm[0] += grad_weight
-    grad_norm[1] += grad_bias
-    return grad_rows.to(rows.dtype)
+    return grad_rows.to(rows.dtype), grad_weight, grad_bias
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from k2ssl.data.labels import LabelStore
 from k2ssl.data.loader import pretrain_loader
 from k2ssl.models.hubert import HubertConfig
 from k2ssl.models.load import load_model
+from k2ssl.nn.fusion import use_fusion
 from k2ssl.structure import from_dict
 from k2ssl.train.checkpoint import load_checkpoint
 from k2ssl.train.trainer import Trainer
@@ -96,6 +98,16 @@ def test_a_run_trains_validates_averages_and_accounts(whole: Path, sounds: Any) 
     assert ledger["status"] == "done" and ledger["steps"] == STEPS and ledger["program"] == "pretrain"
     assert ledger["audio_seconds"] == pytest.approx(3600 * lines(whole, "train", "audio_hours")[-1][1])
     assert sorted(path.name for path in (whole / "checkpoints").glob("step-*.pt"))[-1] == "step-000000012.pt"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_fused_chains_train_along_the_same_curve(whole: Path, sounds: Any, tmp_path: Path) -> None:
+    try:
+        assert pretrain.main(sounds.command(tmp_path / "run", *sounds.VALIDATED, "--trainer.max-steps", "3", "--fuse", "True")) == 0
+    finally:
+        use_fusion(None)
+    for (step, fused), (_, plain) in zip(lines(tmp_path / "run", "train", "loss"), lines(whole, "train", "loss"), strict=False):
+        assert fused == pytest.approx(plain, rel=1e-4), step
 
 
 def test_the_settings_beside_a_run_are_the_whole_job(whole: Path, sounds: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 import zipfile
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from k2ssl.bin.program import run_program
 from k2ssl.config import load
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.models.load import load_model
+from k2ssl.nn.fusion import use_fusion
 from k2ssl.train.checkpoint import load_checkpoint
 from k2ssl.train.recovery import DivergedError
 from k2ssl.train.trainer import Trainer
@@ -52,6 +53,14 @@ def finished(sounds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture
+def unfused() -> Iterator[None]:
+    """What a program compiled is forgotten afterwards."""
+    yield
+    use_fusion(None)
+    torch._dynamo.reset()
+
+
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
@@ -66,6 +75,18 @@ def test_data_that_is_not_there_is_refused(sounds: Any, refused: Refused, tmp_pa
     valid = ["--data.valid-cuts", str(missing), "--data.valid-labels", str(sounds.labels())]
     assert f"data.valid_cuts: {missing}" in refused(sounds.command(output, *valid))
     assert not output.exists()
+
+
+def test_fusing_without_a_compiler_is_refused(
+    sounds: Any, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfused: None
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/no/such/compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    line = refused(sounds.command(tmp_path / "run", "--fuse", "True"))
+    assert "fused on cpu" in line and "compiler" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_that_do_not_fit_are_refused_naming_both_sides(sounds: Any, refused: Refused, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k2ssl.nn.attention import AttentionWeights, NonlinearAttention, SelfAttention, _PenaliseLargeScores, make_uniform, softmax
+from k2ssl.nn.attention import AttentionWeights, NonlinearAttention, SelfAttention, make_uniform, score_softmax
 from k2ssl.nn.positional import relative_positions
 from k2ssl.nn.schedule import Clock
 
@@ -61,22 +61,33 @@ def test_attention_modules_agree_with_their_formulas() -> None:
     torch.testing.assert_close(nonlinear(x, weights[:, :1]), expected)
 
 
-def test_softmax_has_the_plain_gradient_and_keeps_only_its_result() -> None:
-    scores = (3 * torch.randn(2, 3, 4, 5, dtype=torch.float64)).requires_grad_()
-    grad = torch.randn_like(scores)
-    ours, plain = (torch.autograd.grad(f, scores, grad)[0] for f in (softmax(scores), scores.softmax(dim=-1)))
-    torch.testing.assert_close(ours, plain, atol=1e-13, rtol=1e-10)
+def test_softmax_of_the_sum_has_the_plain_gradients_and_keeps_only_its_result() -> None:
+    content, positional = (2 * torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    padding_mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    grad = torch.randn_like(content)
+    plain = (content + positional).masked_fill(padding_mask[:, None, None], float("-inf")).softmax(dim=-1)
+    ours = score_softmax(content, positional, padding_mask)
+    torch.testing.assert_close(ours, plain)
+    inputs = (content, positional)
+    for one, two in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-13, rtol=1e-10)
 
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
-        softmax(scores.detach().float().requires_grad_())
-    assert [(t.dtype, t.shape) for t in kept] == [(torch.bfloat16, scores.shape)]
+        score_softmax(content.detach().float().requires_grad_())
+    assert [(t.dtype, t.shape) for t in kept] == [(torch.bfloat16, content.shape)]
 
 
-def test_large_scores_are_penalised_by_a_constant_gradient() -> None:
-    scores = torch.tensor([-30.0, -25.0, 0.0, 25.0, 26.0], requires_grad=True)
-    _PenaliseLargeScores.apply(scores).backward(torch.full((5,), 2.0))
-    torch.testing.assert_close(scores.grad, torch.tensor([2 - 1e-4, 2, 2, 2, 2 + 1e-4]))
+@pytest.mark.parametrize("halves", [True, False])
+def test_large_scores_are_penalised_by_a_constant_gradient(halves: bool) -> None:
+    scores = torch.tensor([-30.0, -25.0, 0.0, 25.0, 26.0]).expand(1, 1, 5, 5)
+    parts = [scores / 2, scores / 2] if halves else [scores.clone()]
+    for part in parts:
+        part.requires_grad_()
+    grad = torch.randn(1, 1, 5, 5)
+    gradients = [torch.autograd.grad(score_softmax(*parts, penalise=penalise), parts, grad) for penalise in (True, False)]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one - two, torch.tensor([-1e-4, 0, 0, 0, 1e-4]).expand(1, 1, 5, 5), atol=1e-6, rtol=0)
 
 
 def test_uniform_attention_averages_over_positions_of_positive_weight() -> None:
