@@ -81,8 +81,10 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
 
 
 def start_up(runs: int) -> list[dict[str, Any]]:
-    """Seconds until `--help` of a program is printed, and what of that importing torch takes."""
-    commands = {"pretrain --help": ("-m", "k2ssl.bin.pretrain", "--help"), "import torch": ("-c", "import torch")}
+    """Seconds until `--help` of each program is printed, and what of that importing torch takes."""
+    files = sorted((SCRIPTS.parent / "k2ssl" / "bin").glob("*.py"))
+    programs = [file.stem for file in files if "\ndef main(" in file.read_text(encoding="utf-8")]
+    commands = {f"{name} --help": ("-m", f"k2ssl.bin.{name}", "--help") for name in programs} | {"import torch": ("-c", "import torch")}
     lines = []
     for name, command in commands.items():
         seconds = []

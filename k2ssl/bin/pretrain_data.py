@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -34,16 +35,23 @@ class PretrainData(TrainingData):
             second, and so on.
         valid_labels: those of the validation data, as for `labels`.
         min_seconds: shorter utterances are left out, s.
-        max_seconds: utterances are cropped to this length at random, s.
+        max_seconds: utterances are cropped to this length at random, s; all of a batch to the shortest among them.
+        crop_step: lengths of crops are max_seconds less a multiple of this, s, so that batches have few lengths and kernels that are chosen
+            or compiled for a length are so for few; 0: no rounding.
     """
 
     labels: tuple[str, ...]
     valid_labels: tuple[str, ...] = ()
     min_seconds: float = 2.0
     max_seconds: float = 15.625
+    crop_step: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.crop_step <= self.max_seconds or math.isinf(self.crop_step):
+            raise ValueError(
+                f"PretrainData: crop_step is {self.crop_step}, a finite number from 0 to max_seconds ({self.max_seconds}) is needed"
+            )
         for manifests, folders in (("cuts", "labels"), ("valid_cuts", "valid_labels")):
             num_manifests, num_folders = len(getattr(self, manifests)), len(getattr(self, folders))
             if (num_folders == 0) != (num_manifests == 0) or (num_manifests and num_folders % num_manifests):
@@ -132,6 +140,7 @@ class OpenedData:
             labels,
             min_seconds=config.min_seconds,
             max_seconds=config.max_seconds,
+            crop_step=config.crop_step,
             **reading_options(config, plan, sample_rate, seed, device),
             **options,
         )

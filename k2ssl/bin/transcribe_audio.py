@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from k2ssl.bin.decode_methods import Recognizer
-from k2ssl.data.audio import normalized
 from k2ssl.decode.hypotheses import Hypothesis
 
 _log = logging.getLogger(__name__)
@@ -56,7 +55,11 @@ class AudioReader:
         if rate != self.sample_rate:
             self._say_once(f"{rate} Hz", f"{path} is at {rate} Hz; such files are resampled to {self.sample_rate} Hz")
             samples = Resample(rate, self.sample_rate)(samples)
-        return torch.from_numpy(normalized(samples[0]) if self.normalize else samples[0])
+        if self.normalize:
+            from k2ssl.data.audio import normalized  # brings lhotse, slow to import
+
+            return torch.from_numpy(normalized(samples[0]))
+        return torch.from_numpy(samples[0])
 
     def _say_once(self, what: str, message: str) -> None:
         if what not in self._said:

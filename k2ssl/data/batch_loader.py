@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from k2ssl.data.audio import AudioError
 from k2ssl.data.audio_dataset import BatchDataset, Loaded, Request
+from k2ssl.data.hand_over import HandedOver
 from k2ssl.data.intake import Intake
 from k2ssl.data.mixture import Corpora
 from k2ssl.data.sampler import BatchSeconds, Cropped, Padded, RoundSampler, collection_paused, estimated_bins, even_bins
@@ -87,7 +88,7 @@ class LoaderOptions(TypedDict, total=False):
     Attributes:
         rank, world_size: which share of the batches.
         seed, epoch: of the order and of everything else that is drawn.
-        num_workers: processes that read audio; 0 reads in this one.
+        num_workers: processes that read audio; 0 reads in this one. A batch for which they find no shared memory is an `OSError`.
         prefetch: batches that every worker reads ahead. They do not count as handed out.
         pin_memory: put batches into page-locked memory; needs a GPU.
         on_error: told (cut id, reason) of audio that cannot be read, which is then left out; None raises `AudioError`.
@@ -262,7 +263,7 @@ class BatchLoader(Generic[B]):
     def _data_loader(self, requests: Iterable[Request]) -> Iterable[Loaded[B]]:
         generator = torch.Generator().manual_seed(stable_hash(self.seed, self.epoch, self.rank) >> 1)
         return DataLoader(
-            self.dataset,
+            HandedOver(self.dataset) if self.num_workers else self.dataset,
             batch_size=None,
             sampler=requests,
             num_workers=self.num_workers,

@@ -62,6 +62,7 @@ def pretrain_loader(
     drop_incomplete: bool = True,
     min_seconds: float = 2.0,
     max_seconds: float = 15.625,
+    crop_step: float = 0.0,
     sample_rate: int = 16000,
     normalize: bool = False,
     **options: Unpack[LoaderOptions],
@@ -78,11 +79,11 @@ def pretrain_loader(
         drop_incomplete: True for training: every rank gets the same number of batches. False for validation: every utterance exactly once.
         min_seconds: shorter utterances are left out; longer ones than `max_seconds` are cropped, never left out.
         sample_rate: of the batches, Hz; other audio is resampled.
-        normalize: see `PretrainDataset`.
+        crop_step, normalize: see `PretrainDataset`.
         options: see `LoaderOptions`.
     """
     seed = options.get("seed", 0)
-    dataset = PretrainDataset(stores, sample_rate=sample_rate, max_seconds=max_seconds, normalize=normalize, seed=seed)
+    dataset = PretrainDataset(stores, sample_rate=sample_rate, max_seconds=max_seconds, crop_step=crop_step, normalize=normalize, seed=seed)
     intake = Intake(sample_rate, min_seconds, labelled=stores)
     sampling = SamplingConfig(max_duration, quadratic_duration, num_buckets, buffer_size, shuffle=shuffle, drop_incomplete=drop_incomplete)
     return BatchLoader(_corpora(cuts), intake, dataset, sampling, crop_seconds=max_seconds, **options)

@@ -1,7 +1,7 @@
 """Random crops of audio with the labels of exactly that stretch.
 
-Every crop of a batch has the same length, so that nothing is padded: at most `max_seconds`, at most the shortest utterance. It starts where
-all label sets have a label starting, on the label grid: the least common multiple of their shifts in samples.
+Every crop of a batch has the same length, so that nothing is padded: at most `max_seconds`, at most the shortest utterance. With `crop_step`
+there are only few lengths, so that kernels which are chosen or compiled for a length are so for few. A crop starts where all label sets have a label starting, on the label grid: the least common multiple of their shifts in samples.
 
 Source: HuBERT (arXiv 2106.07447); fairseq's hubert_dataset rounds the label position to the nearest label instead.
 """
@@ -53,12 +53,15 @@ class PretrainDataset(BatchDataset[PretrainBatch]):
         stores: one per label set.
         sample_rate: of the audio, Hz.
         max_seconds: longest crop.
+        crop_step: lengths of crops are `max_seconds` less a multiple of this, s, rounded to a whole number of samples; the rest of the
+            shortest utterance is not used. Where less than one step would be left, and with 0, crops are as long as they can be.
         normalize: bring every *whole* utterance to zero mean and unit variance before it is cropped (upstream: do_normalize); whole
             utterances are then read for it.
         seed: of the crops.
 
     Raises:
-        ValueError: no store, or one whose label shift is not a whole number of samples.
+        ValueError: no store, or one whose label shift is not a whole number of samples; max_seconds shorter than a label; crop_step out of
+            range or shorter than a label.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class PretrainDataset(BatchDataset[PretrainBatch]):
         *,
         sample_rate: int = 16000,
         max_seconds: float = 15.625,
+        crop_step: float = 0.0,
         normalize: bool = False,
         seed: int = 0,
     ) -> None:
@@ -81,6 +85,12 @@ class PretrainDataset(BatchDataset[PretrainBatch]):
         self.grid = math.lcm(*self.shifts)
         if self.max_samples < self.grid:
             raise ValueError(f"PretrainDataset: max_seconds is {max_seconds}, at least {self.grid / sample_rate} (one label) is needed")
+        allowed = 0 <= crop_step <= max_seconds
+        self.step_samples = round(crop_step * sample_rate) if allowed else 0
+        if not allowed or (crop_step > 0 and self.step_samples < self.grid):
+            raise ValueError(
+                f"PretrainDataset: crop_step is {crop_step}, allowed are 0 and {self.grid / sample_rate} (one label) to {max_seconds} (max_seconds)"
+            )
 
     def __getitem__(self, request: Request) -> Loaded[PretrainBatch]:
         """One batch; utterances that cannot be read are left out of it and named.
@@ -90,7 +100,7 @@ class PretrainDataset(BatchDataset[PretrainBatch]):
         """
         labels = [[store.labels(cut.id) for store in self.stores] for cut in request.cuts]
         usable = [self.usable_samples(cut, [len(row) for row in rows]) for cut, rows in zip(request.cuts, labels, strict=True)]
-        length = min(self.max_samples, *usable)
+        length = self.crop_length(min(usable))
         audio = np.empty((len(request.cuts), length), dtype=np.float32)
         crops: list[list[np.ndarray]] = []  # of every cut that could be read: its labels from the crop's start on
         ids: list[str] = []
@@ -110,8 +120,18 @@ class PretrainDataset(BatchDataset[PretrainBatch]):
         return Loaded(PretrainBatch(torch.from_numpy(audio[: len(ids)]), stacked, ids=tuple(ids)), as_pairs(failures))
 
     def identity(self) -> dict[str, Any]:
-        """See `BatchDataset`; `labels` holds the identity of each store."""
-        return {**super().identity(), "labels": [store.identity for store in self.stores]}
+        """See `BatchDataset`; `labels` holds the identity of each store, `crop_step_samples` None where lengths are not rounded, as states
+        have it that were saved before there was such a setting."""
+        labels = [store.identity for store in self.stores]
+        return {**super().identity(), "labels": labels, "crop_step_samples": self.step_samples or None}
+
+    def crop_length(self, shortest: int) -> int:
+        """Samples of every crop of a batch whose shortest utterance has so many usable ones."""
+        length, step = min(self.max_samples, shortest), self.step_samples
+        if step == 0:
+            return length
+        rounded = self.max_samples - -(-(self.max_samples - length) // step) * step
+        return rounded if rounded >= step else length
 
     def crop_start(self, cut: Cut, usable: int, length: int, epoch: int) -> int:
         """First sample of the crop of `length` out of `usable` samples: every multiple of the label grid that fits is as likely."""

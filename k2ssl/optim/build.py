@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .scaled_adam import ScaledAdam
-from .schedules import Eden, Eden2, LearningRateSchedule, Polynomial, TriStage
+from .scaled_adam import ScaledAdam, check_options
+from .schedules import Eden, Eden2, HasGroups, LearningRateSchedule, Polynomial, TriStage
 
 _ONLY_SCALED_ADAM = (
     "clipping_scale",
@@ -83,7 +83,13 @@ class OptimConfig:
         for prefix, scale in self.lr_scales.items():
             if not (math.isfinite(scale) and scale > 0):
                 raise ValueError(f"optim: lr_scales[{prefix!r}] is {scale}, a finite number > 0 is needed")
-        _make_optimizer(self, [{"params": [("probe", torch.zeros(1))]}])  # the optimizers know what they accept
+        if self.name == "scaled_adam":
+            check_options(_scaled_adam_options(self))
+        else:  # AdamW would check these itself, but making an optimizer imports torch._dynamo, which takes longer than all of --help
+            if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+                raise ValueError(f"optim: betas is {self.betas}, two numbers >= 0 and < 1 are needed")
+            if not (math.isfinite(self.eps) and self.eps >= 0):
+                raise ValueError(f"optim: eps is {self.eps}, a finite number >= 0 is needed")
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class ScheduleConfig:
                 raise ValueError(f"schedule: {option.name} is {getattr(self, option.name)}, but {self.name!r} has no such option")
         if self.name == "tri_stage" and self.max_batches == self.decay_batches == 0:
             raise ValueError("schedule: max_batches and decay_batches are both 0, the length of tri_stage must be given by one of them")
-        build_schedule(self, torch.optim.SGD([torch.zeros(1)], lr=1.0))  # the schedules know what they accept
+        build_schedule(self, _NoGroups())  # the schedules know what they accept
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -162,7 +168,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     return _make_optimizer(config, groups)
 
 
-def build_schedule(config: ScheduleConfig, optimizer: Optimizer) -> LearningRateSchedule:
+def build_schedule(config: ScheduleConfig, optimizer: HasGroups) -> LearningRateSchedule:
     """The schedule that `config` names, at batch 0.
 
     Raises:
@@ -177,6 +183,12 @@ def build_schedule(config: ScheduleConfig, optimizer: Optimizer) -> LearningRate
     if config.max_batches != 0:
         return TriStage.from_ratios(optimizer, config.max_batches, config.phase_ratio, config.init_scale, config.final_scale)
     return TriStage(optimizer, config.warmup_batches, config.hold_batches, config.decay_batches, config.init_scale, config.final_scale)
+
+
+class _NoGroups:
+    """What a schedule may write to when it is made for its checks alone; see `OptimConfig` for why this is no optimizer."""
+
+    param_groups: list[dict[str, Any]] = []  # noqa: RUF012 (stays empty)
 
 
 def _scale_by_name(lr_scales: Mapping[str, float], model: nn.Module) -> dict[str, float]:
@@ -208,14 +220,18 @@ def _what_exists(prefix: str, names: Iterable[str]) -> str:
 
 def _make_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
     if config.name == "scaled_adam":
-        options = {name: getattr(config, name) for name in ("lr", "betas", "eps", *_ONLY_SCALED_ADAM)}
-        return ScaledAdam(groups, **{**options, "clipping_scale": config.clipping_scale or None})
+        return ScaledAdam(groups, **_scaled_adam_options(config))
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
     adamw.register_load_state_dict_pre_hook(_refuse_other_states)
     adamw.register_step_pre_hook(_match_strides)
     if config.max_grad_norm > 0:
         adamw.register_step_pre_hook(functools.partial(_clip_before_step, config.max_grad_norm))
     return adamw
+
+
+def _scaled_adam_options(config: OptimConfig) -> dict[str, Any]:
+    options = {name: getattr(config, name) for name in ("lr", "betas", "eps", *_ONLY_SCALED_ADAM)}
+    return {**options, "clipping_scale": config.clipping_scale or None}
 
 
 def _clip_before_step(max_norm: float, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -100,7 +100,7 @@ class ScaledAdam(Optimizer):
         taken = {name for group in self.param_groups for name in group["param_names"]}
         group = {**self.defaults, **param_group, "params": _pairs(param_group, taken)}
         group.pop("names", None)
-        _check_options(group)
+        check_options(group)
         super().add_param_group(group)
         self._states.append(None)
 
@@ -280,7 +280,13 @@ def _pairs(group: Mapping[str, Any], taken: set[str]) -> list[tuple[str, Tensor]
     return params
 
 
-def _check_options(group: Mapping[str, Any]) -> None:
+def check_options(group: Mapping[str, Any]) -> None:
+    """Hold the options of a parameter group against what `ScaledAdam` accepts.
+
+    Raises:
+        ValueError: an option out of range; names it, its value and what is allowed.
+    """
+
     def check(name: str, valid: bool, allowed: str) -> None:
         if not valid:
             raise ValueError(f"ScaledAdam: {name} is {group[name]!r}, {allowed} is needed")

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from torch.optim import Optimizer
+
+class HasGroups(Protocol):
+    """The part of an optimizer that a schedule writes to."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
 
 
 class LearningRateSchedule(ABC):
@@ -20,7 +25,7 @@ class LearningRateSchedule(ABC):
         optimizer: whose groups' "lr" to write.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: HasGroups) -> None:
         self._optimizer = optimizer
         self.advance(0.0, 0.0)
 
@@ -72,7 +77,7 @@ class Eden(LearningRateSchedule):
     """
 
     def __init__(
-        self, optimizer: Optimizer, lr_batches: float, lr_epochs: float, warmup_batches: float = 500.0, warmup_start: float = 0.5
+        self, optimizer: HasGroups, lr_batches: float, lr_epochs: float, warmup_batches: float = 500.0, warmup_start: float = 0.5
     ) -> None:
         self._check("lr_batches", lr_batches, lr_batches > 0, "a finite number > 0")
         self._check("lr_epochs", lr_epochs, lr_epochs > 0, "a finite number > 0")
@@ -99,7 +104,7 @@ class Eden2(LearningRateSchedule):
     Source: upstream's `Eden2`.
     """
 
-    def __init__(self, optimizer: Optimizer, lr_batches: float, warmup_batches: float = 500.0, warmup_start: float = 0.5) -> None:
+    def __init__(self, optimizer: HasGroups, lr_batches: float, warmup_batches: float = 500.0, warmup_start: float = 0.5) -> None:
         self._check("lr_batches", lr_batches, lr_batches > 0, "a finite number > 0")
         self._check("warmup_batches", warmup_batches, warmup_batches >= 0, "a finite number >= 0")
         self._check("warmup_start", warmup_start, 0 <= warmup_start <= 1, "a number in [0, 1]")
@@ -127,7 +132,7 @@ class TriStage(LearningRateSchedule):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: HasGroups,
         warmup_batches: float,
         hold_batches: float,
         decay_batches: float,
@@ -146,7 +151,7 @@ class TriStage(LearningRateSchedule):
     @classmethod
     def from_ratios(
         cls,
-        optimizer: Optimizer,
+        optimizer: HasGroups,
         max_batches: float,
         phase_ratio: tuple[float, float, float] = (0.1, 0.4, 0.5),
         init_scale: float = 0.01,
@@ -186,7 +191,7 @@ class Polynomial(LearningRateSchedule):
     Source: fairseq's polynomial decay; HuBERT Base pre-training takes 32 000 batches of warm-up, power 1, end 0.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup_batches: float, max_batches: float, power: float = 1.0, end_scale: float = 0.0) -> None:
+    def __init__(self, optimizer: HasGroups, warmup_batches: float, max_batches: float, power: float = 1.0, end_scale: float = 0.0) -> None:
         self._check("warmup_batches", warmup_batches, warmup_batches >= 0, "a finite number >= 0")
         self._check("max_batches", max_batches, max_batches > warmup_batches, f"a finite number > warmup_batches ({warmup_batches})")
         self._check("power", power, power > 0, "a finite number > 0")

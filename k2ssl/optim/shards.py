@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+if TYPE_CHECKING:  # slow to import, and not needed to show --help
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded_tensor(value: Any) -> TypeGuard[DTensor]:
+    """Whether it is a tensor of which each rank holds a piece."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece of a sharded tensor, sharing its memory; any other tensor itself. Pieces may be empty."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded_tensor(tensor):
         return tensor
     with torch.no_grad():  # with gradients `to_local` returns a copy of the object that autograd watches
         return tensor.to_local()
@@ -20,14 +30,16 @@ def local(tensor: Tensor) -> Tensor:
 
 def sharded_like(piece: Tensor, whole: Tensor) -> Tensor:
     """The sharded tensor that has `piece` on this rank, with shape and distribution of `whole`; `piece` where `whole` is not sharded."""
-    if not isinstance(whole, DTensor):
+    if not is_sharded_tensor(whole):
         return piece
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(piece, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def piece_for(value: Tensor, whole: Tensor) -> Tensor:
     """What this rank holds of `value`, sharded like `whole` already or complete on every rank, when it is dealt out like `whole`."""
-    if isinstance(value, DTensor) or not isinstance(whole, DTensor):
+    if is_sharded_tensor(value) or not is_sharded_tensor(whole):
         return local(value)
     dim, mesh = _shard_dim(whole), whole.device_mesh
     pieces = value.chunk(mesh.size(), dim)  # may be fewer than ranks; those that are left out have nothing
@@ -48,7 +60,7 @@ class SumOverShards:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        sharded = [param for param in params if isinstance(param, DTensor)]
+        sharded = [param for param in params if is_sharded_tensor(param)]
         self._group: dist.ProcessGroup | None = None
         self._counts: Tensor | None = None
         if not sharded:
@@ -60,7 +72,7 @@ class SumOverShards:
             _shard_dim(param)
         self._group = mesh.get_group()
         first = mesh.get_local_rank() == 0
-        counts = [first or isinstance(param, DTensor) for param in params]
+        counts = [first or is_sharded_tensor(param) for param in params]
         self._counts = torch.tensor(counts, device=local(sharded[0]).device)
 
     def __bool__(self) -> bool:
@@ -77,6 +89,8 @@ class SumOverShards:
 
 
 def _shard_dim(whole: DTensor) -> int:
+    from torch.distributed.tensor import Shard
+
     if len(whole.placements) != 1 or not isinstance(whole.placements[0], Shard):
         raise ValueError(f"a parameter is distributed as {whole.placements}, only one Shard over one set of ranks is supported")
     return whole.placements[0].dim

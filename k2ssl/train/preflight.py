@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from k2ssl import distributed
+from k2ssl.optim.shards import is_sharded_tensor
 from k2ssl.train.memory import DoesNotFitError, PeakMemory, gibibytes, is_out_of_memory
 
 _ADVICE = "lower the seconds of audio per micro-batch, drop the longest utterances, or turn on activation checkpointing"
@@ -178,7 +178,7 @@ def _on_host(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.detach()
         # a sharded tensor cannot leave its kind of device, and is small
-        return value.clone() if isinstance(value, DTensor) else value.to("cpu", copy=True)
+        return value.clone() if is_sharded_tensor(value) else value.to("cpu", copy=True)
     return copy.deepcopy(value)
 
 

@@ -17,16 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from k2ssl import distributed
 from k2ssl.batch import LossOutput
 from k2ssl.optim.scaled_adam import ScaledAdam
-from k2ssl.optim.shards import local, piece_for, sharded_like
+from k2ssl.optim.shards import is_sharded_tensor, local, piece_for, sharded_like
 
 
 def shard(model: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
@@ -46,6 +43,9 @@ def shard(model: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
 
     Source: torch's `fully_shard` (FSDP2).
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # slow to import, and not needed to show --help
+
     if distributed.world_size() == 1:
         raise ValueError("shard: there is one process, at least two are needed; start them with torchrun")
     _check_units(model, units)
@@ -62,6 +62,8 @@ def shard(model: nn.Module, units: Sequence[nn.Module]) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was applied."""
+    from torch.distributed.fsdp import FSDPModule
+
     return isinstance(model, FSDPModule)
 
 
@@ -72,7 +74,7 @@ def average_replicated_gradients(model: nn.Module) -> None:
     """
     if not is_sharded(model):
         return
-    params = [param for param in model.parameters() if param.requires_grad and not isinstance(param, DTensor)]
+    params = [param for param in model.parameters() if param.requires_grad and not is_sharded_tensor(param)]
     if not params:
         return
     packed = torch.stack([torch.zeros_like(param) if param.grad is None else param.grad for param in params])
@@ -92,8 +94,8 @@ def gradient_norm(params: Iterable[Tensor]) -> Tensor:
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
         raise ValueError("gradient_norm: no parameter has a gradient")
-    sharded = [local(grad) for grad in grads if isinstance(grad, DTensor)]
-    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    sharded = [local(grad) for grad in grads if is_sharded_tensor(grad)]
+    whole = [grad for grad in grads if not is_sharded_tensor(grad)]
     total = _sum_of_squares(whole, grads[0].device)
     if sharded:
         total = total + distributed.all_reduce_sum(_sum_of_squares(sharded, grads[0].device))
@@ -113,7 +115,7 @@ def full_state(state: Any) -> Any:
         return type(state)(full_state(item) for item in state)
     if not isinstance(state, Tensor):
         return state
-    whole = state.full_tensor() if isinstance(state, DTensor) else state
+    whole = state.full_tensor() if is_sharded_tensor(state) else state
     return whole.to("cpu", copy=True) if distributed.is_main() else None
 
 
@@ -172,7 +174,7 @@ def _dealt_out(value: Any, param: Tensor) -> Any:
     """A copy, which torch would not make: steps change the tensors that an optimizer has loaded."""
     if not isinstance(value, Tensor):
         return value
-    if value.shape != param.shape or not isinstance(param, DTensor):
+    if value.shape != param.shape or not is_sharded_tensor(param):
         return value.clone()
     return sharded_like(piece_for(value, param).to(local(param).device, copy=True), param)
 

@@ -36,6 +36,14 @@ def test_the_programs_keep_their_own_lengths() -> None:
     assert [(kind(**given).min_seconds, kind(**given).max_seconds) for kind, given in PROGRAMS.items()] == [(2.0, 15.625), (1.0, 20.0)]
 
 
+@pytest.mark.parametrize("step", [-0.5, 15.7, float("nan"), float("inf")])
+def test_steps_of_crops_that_cannot_be_are_refused(step: float) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^PretrainData: crop_step is {step}, a finite number from 0 to max_seconds \(15.625\) is needed"
+    ):
+        PretrainData(**PROGRAMS[PretrainData], crop_step=step)
+
+
 @pytest.mark.parametrize("kind", PROGRAMS)
 @pytest.mark.parametrize(
     ("settings", "said"),

@@ -95,6 +95,7 @@ def test_iterating_again_without_a_new_state_starts_the_epoch_again(corpus: Smal
         ("seed was 0 when it was saved and is 1 now", {"seed": 1}),
         ("world_size was 1 when it was saved and is 2 now", {"world_size": 2}),
         ("crop_seconds was 5.0 when it was saved and is 4.0 now", {"max_seconds": 4.0}),
+        ("crop_step_samples was None when it was saved and is 8000 now", {"crop_step": 0.5}),
         ("sampling.max_duration was 20.0 when it was saved and is 30.0 now", {"max_duration": 30.0}),
         ("min_samples was 32000 when it was saved and is 48000 now", {"min_seconds": 3.0}),
         ("sample_rate was 16000 when it was saved and is 8000 now", {"sample_rate": 8000}),
@@ -105,6 +106,14 @@ def test_a_state_of_other_settings_is_refused(corpus: SmallCorpus, name: str, op
     state = corpus.loader().state_dict()
     with pytest.raises(ValueError, match=f"loader state: {name}; both must be equal"):
         corpus.loader(**options).load_state_dict(state)
+
+
+def test_a_state_from_before_crops_were_rounded_is_that_of_no_rounding(corpus: SmallCorpus) -> None:
+    state = corpus.loader().state_dict()
+    del state["crop_step_samples"]
+    corpus.loader().load_state_dict(state)
+    with pytest.raises(ValueError, match="crop_step_samples was None when it was saved"):
+        corpus.loader(crop_step=1.0).load_state_dict(state)
 
 
 def test_a_state_of_other_labels_is_refused(corpus: SmallCorpus, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The audio of these tests is a ramp: the value of a sample says where it stands i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,11 @@ def test_labels_are_those_of_the_cropped_samples(
     assert batch.audio_lens is None and batch.audio.dtype == torch.float32 and batch.ids == tuple(cut.id for cut in cuts)
     assert batch.audio.shape[1] <= min(250000, shortest)
     assert batch.audio.shape[1] >= min(250000, shortest - 3 * 640), "almost all of the shortest utterance is used"
+    check_labels(batch, stretches, rates)
+
+
+def check_labels(batch: PretrainBatch, stretches: list[tuple[int, int]], rates: tuple[float, ...]) -> None:
+    """Each row is a stretch of the ramp, and its labels are those of the ramp from there on."""
     for row, (first, _) in enumerate(stretches):
         assert torch.equal(torch.diff(batch.audio[row] * 32768) % 65536, torch.ones(batch.audio.shape[1] - 1))
         for rate, labels in zip(rates, batch.labels, strict=True):
@@ -128,6 +134,44 @@ def test_labels_are_those_of_the_cropped_samples(
             start = int(labels[row, 0]) * round(RATE / rate)  # where the labels say that the crop starts
             assert (first + start) % 65536 == position(batch.audio[row, 0]), "the audio starts at another sample than the labels"
             assert torch.equal(labels[row], labels[row, 0] + torch.arange(labels.shape[1]))
+
+
+@given(stretches=utterances(), rates=st.sampled_from([(50.0,), (25.0, 100.0)]), step=st.sampled_from([0.04, 0.5, 1.003, 5.0, 15.625]))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rounded_crops_have_the_labels_of_their_samples(
+    ramp: Recording, stretches: list[tuple[int, int]], rates: tuple[float, ...], step: float
+) -> None:
+    cuts = [stretch(ramp, f"cut{i}", first, samples) for i, (first, samples) in enumerate(stretches)]
+    stores = [Ramp(rate, {cut.id: COUNTS[rate][1](cut.num_samples) for cut in cuts}) for rate in rates]
+    batch, longer = batch_of(PretrainDataset(stores, crop_step=step), cuts), batch_of(PretrainDataset(stores), cuts)
+    length, longest, samples = batch.audio.shape[1], longer.audio.shape[1], round(step * RATE)
+    check_labels(batch, stretches, rates)
+    assert 0 <= longest - length < samples
+    if length != longest:
+        assert (250000 - length) % samples == 0 and length >= samples
+    for ours, theirs, rate in zip(batch.labels, longer.labels, rates, strict=True):
+        lost = theirs.shape[1] - ours.shape[1]
+        assert 0 <= lost <= (longest - length) / (RATE / rate) + 1, "as many labels are lost as audio"
+
+
+@pytest.mark.parametrize("step", [0.25, 0.5, 1.0, 1.003, 2.0, 15.625])
+def test_there_are_few_lengths_of_rounded_crops(step: float) -> None:
+    draw, dataset = np.random.default_rng(1), PretrainDataset([Ramp(50.0, {})], crop_step=step)
+    shortest = [int(draw.integers(2 * RATE, 20 * RATE)) for _ in range(4000)]
+    lengths = [dataset.crop_length(samples) for samples in shortest]
+    short = {length for length, samples in zip(lengths, shortest, strict=True) if samples < 2 * step * RATE}
+    assert 0 < len(set(lengths) - short) <= math.ceil(15.625 / step) or step > 10
+    assert all(length == samples for length, samples in zip(lengths, shortest, strict=True) if samples < step * RATE)
+    assert all(0 <= min(250000, samples) - length < step * RATE for length, samples in zip(lengths, shortest, strict=True))
+    plain = PretrainDataset([Ramp(50.0, {})])
+    assert [plain.crop_length(samples) for samples in shortest] == [min(250000, samples) for samples in shortest]
+    assert len({plain.crop_length(samples) for samples in shortest}) > 2000, "the test can tell"
+
+
+@pytest.mark.parametrize("step", [-1.0, 15.7, float("nan"), float("inf"), 0.01, 1e-9])
+def test_steps_that_cannot_be_are_refused(step: float) -> None:
+    with pytest.raises(ValueError, match=rf"crop_step is {step}, allowed are 0 and 0\.02 \(one label\) to 15\.625 \(max_seconds\)"):
+        PretrainDataset([Ramp(50.0, {})], crop_step=step)
 
 
 def model_for(rates: tuple[float, ...], logmel: bool) -> HubertModel:
@@ -149,7 +193,8 @@ def test_every_batch_is_one_that_the_model_accepts(
     for rate in which[0]:
         counts = {cut.id: data.draw(st.sampled_from(COUNTS[rate]))(samples) for cut, (_, samples) in zip(cuts, stretches, strict=True)}
         stores.append(Ramp(rate, counts, num_classes=16))
-    batch = batch_of(PretrainDataset(stores, max_seconds=max_seconds), cuts, data.draw(st.integers(0, 5)))
+    dataset = PretrainDataset(stores, max_seconds=max_seconds, crop_step=data.draw(st.sampled_from([0.0, 0.1, 1.0, 7.0])))
+    batch = batch_of(dataset, cuts, data.draw(st.integers(0, 5)))
     MODELS[which].check_batch(batch)
 
 

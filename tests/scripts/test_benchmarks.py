@@ -76,3 +76,14 @@ def test_one_step_is_measured_in_all_its_stages(
     assert all(line[stage] > 0 for stage in bench_step.STAGES)
     assert line["min"] <= line["seconds"] <= line["max"]
     assert line["seconds"] == pytest.approx(sum(line[stage] for stage in bench_step.STAGES), rel=0.5)
+
+
+def test_rounded_crops_are_of_the_same_batches_in_fewer_lengths(scripts: None) -> None:
+    import bench_crops  # type: ignore[import-not-found]
+
+    cuts = bench_crops.draw_cuts(1500)
+    plain, rounded = (bench_crops.shapes(cuts, 60.0, step) for step in (0.0, 0.5))
+    assert len(plain) > 100 and [number for number, _ in plain] == [number for number, _ in rounded]
+    lost = [before - after for (_, before), (_, after) in zip(plain, rounded, strict=True)]
+    assert all(-1e-9 <= seconds < 0.5 for seconds in lost) and sum(lost) > 1
+    assert len({seconds for _, seconds in rounded}) <= 32 < len({seconds for _, seconds in plain})
