@@ -11,11 +11,13 @@ from typing import Any
 from k2ssl.atomic_file import atomic_file, writable_folder
 from k2ssl.bin.folder_lock import CHECKPOINTS
 from k2ssl.config import dump
+from k2ssl.structure import from_dict, to_dict
 from k2ssl.train.checkpoint import CheckpointFolder, check_records, open_checkpoint
 from k2ssl.train.differences import differences
 from k2ssl.train.trainer import Trainer, TrainerConfig
 
 SETTINGS = "settings.json"
+_LINEAGE = "lineage"  # beside the settings in a checkpoint: where labels or tokens come from
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,17 @@ class Start:
     changes: tuple[str, ...] = ()
 
 
-def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Sequence[str], accept_changes: bool) -> Start:
+def find_start(
+    output: Path, resume: str, kind: type[Any], settings: Mapping[str, Any], may_change: Sequence[str], accept_changes: bool
+) -> Start:
     """Whether to go on with a run, and from which of its checkpoints, whose records have been compared with their checksums then. Only looks.
 
     Args:
         output: folder of the run.
         resume: "auto": the newest checkpoint in `output`, if there is one; "never"; or the checkpoint to begin from where `output`
             has none yet.
-        job: the settings now, plain values.
+        kind: dataclass of the job. A setting that the checkpoint's version did not have yet counts as its default.
+        settings: those of now, plain values, with the lineage of the data.
         may_change: settings (dotted paths, of tables all that is in them) that do not make it another run.
         accept_changes: go on although other settings differ.
 
@@ -63,13 +68,24 @@ def find_start(output: Path, resume: str, job: Mapping[str, Any], may_change: Se
     saved = open_checkpoint(found).get("job")
     if saved is None:
         raise ValueError(f"{found}: this checkpoint does not say with which settings it was made, so training cannot go on from it")
-    changes = tuple(text for text in differences(saved, job) if not _is_within(text.partition(" is ")[0], may_change))
+    changes = tuple(
+        text for text in differences(_completed(saved, kind), settings) if not _is_within(text.partition(" is ")[0], may_change)
+    )
     if changes and not accept_changes:
         raise ValueError(
             f"{found}: of a run with other settings: {'; '.join(changes)}. Choose another output folder, or go on with the new settings by "
             "--accept-changes True"
         )
     return Start(found, changes)
+
+
+def _completed(saved: Mapping[str, Any], kind: type[Any]) -> Mapping[str, Any]:
+    """Settings and lineage with what was added since at its default; as they are where they cannot be read as `kind` any more."""
+    try:
+        job = from_dict(kind, {key: value for key, value in saved.items() if key != _LINEAGE})
+    except ValueError:
+        return saved
+    return {**to_dict(job), **{key: saved[key] for key in (_LINEAGE,) if key in saved}}
 
 
 def record_settings(output: Path, job: Any) -> None:

@@ -204,7 +204,7 @@ def train(job: TrainLm) -> None:
 
 
 def _find_start(output: Path, settings: Mapping[str, Any]) -> Start:
-    start = find_start(output, "auto", settings, _MAY_CHANGE, accept_changes=True)
+    start = find_start(output, "auto", TrainLm, settings, _MAY_CHANGE, accept_changes=True)
     if start.changes:
         raise ValueError(f"{start.checkpoint}: of a run with other settings: {'; '.join(start.changes)}. Choose another output folder")
     return start

@@ -143,7 +143,7 @@ def run_training(
             if distributed.is_main() and not is_trial:
                 # before we look: who trains there now may write a newer checkpoint than we would find
                 held.enter_context(alone_in(output))
-                start = find_start(output, job.resume, settings_of(job, data), MAY_CHANGE, job.accept_changes)
+                start = find_start(output, job.resume, type(job), settings_of(job, data), MAY_CHANGE, job.accept_changes)
                 kind.check_start(start)
         start = distributed.broadcast_object(start)
         for text in remarks:

@@ -157,6 +157,21 @@ def test_an_output_folder_of_another_run_is_refused_unless_asked(
     assert json.loads((output / "settings.json").read_text())["optim"]["lr"] == 0.02
 
 
+def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(
+    sounds: Any, refused: Refused, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    path = output / "checkpoints/step-000000001.pt"
+    content = load_checkpoint(path)
+    del content["job"]["fuse"], content["job"]["data"]["crop_step"]
+    torch.save(content, path)
+    longer = sounds.command(output, *ONE_STEP, "--trainer.max-steps", "2", "--accept-changes", "False")
+    assert "data.crop_step is 0.0 there, 0.25 here" in refused([*longer, "--data.crop-step", "0.25"])
+    assert pretrain.main(longer) == 0
+    assert (output / "checkpoints/step-000000002.pt").is_file()
+
+
 def test_labels_of_other_centres_are_another_run(sounds: Any, refused: Refused, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(finished, output)
