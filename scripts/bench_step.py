@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from k2ssl.optim.build import OptimConfig, build_optimizer
 
 SIZES = ("tiny", "zipformer_base", "zipformer_large", "hubert_base", "hubert_large")
 PEERS = {
-    "torchaudio_hubert_base": torchaudio.models.hubert_pretrain_base,
+    "torchaudio_hubert_base": partial(torchaudio.models.hubert_pretrain_base, num_classes=504),
     "torchaudio_hubert_large": torchaudio.models.hubert_pretrain_large,
 }
 STAGES = ("frontend", "encoder", "loss", "backward", "optimizer")
@@ -72,7 +73,7 @@ class Peer:
     """torchaudio's HuBERT for pre-training."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        self.model: nn.Module = PEERS[options.model](num_classes=504).to(device).train()
+        self.model: nn.Module = PEERS[options.model]().to(device).train()
         self.frontend, self.encoder = self.model.wav2vec2.feature_extractor, self.model.wav2vec2.encoder.transformer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         samples = round(options.seconds * 16000)

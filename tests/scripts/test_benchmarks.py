@@ -67,7 +67,7 @@ def test_one_step_is_measured_in_all_its_stages(
 
     from tests.models.test_hubert_parity import torchaudio_model
 
-    monkeypatch.setitem(bench_step.PEERS, "torchaudio_hubert_base", lambda num_classes: torchaudio_model(False))
+    monkeypatch.setitem(bench_step.PEERS, "torchaudio_hubert_base", lambda: torchaudio_model(False))
     arguments = ["--utterances", "2", "--seconds", "0.5", "--steps", "2", "--one", model, "bfloat16", "waveform"]
     monkeypatch.setattr(sys, "argv", ["bench_step.py", *arguments])
     assert bench_step.main() == 0
