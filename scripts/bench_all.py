@@ -45,7 +45,8 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
     models = ["tiny"] if quick else ["zipformer_base", "hubert_base", "torchaudio_hubert_base"]
     if memory_gb > _LARGE_GB and not quick:
         models += ["zipformer_large", "hubert_large", "torchaudio_hubert_large"]
-    seconds = ("--seconds", "1", "--utterances", "2") if quick else ()
+    sizes = ("--seconds", "15", "--utterances", "40") if cuda else ()  # a micro-batch of 600 s, as published
+    seconds = ("--seconds", "1", "--utterances", "2") if quick else sizes
     step = (
         _script("bench_step"),
         *device,
@@ -54,20 +55,22 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
         "waveform",
         "logmel",
         "--precisions",
-        "float32",
-        "bfloat16",
+        *(("bfloat16",) if cuda else ("float32", "bfloat16")),
         "--models",
         *models,
     )
     found = [
         Benchmark("step", step),
         Benchmark("inference", (*step, "--inference")),
+        Benchmark("fused step", (*step, "--fuse")),
         Benchmark("growth", (_script("bench_growth"), *device, *(("--quick",) if quick else ()))),
         Benchmark("optimizer", (_script("bench_optimizer"), *device)),
         Benchmark("trainer and checkpoint", (_script("bench_trainer"), *device, "--size", "tiny" if quick else "zipformer_base")),
         Benchmark("transducer loss", (_script("bench_transducer"), *device)),
         Benchmark("searches", (_script("bench_search"), *device, *(("--size", "tiny", "--utterances", "10") if quick else ()))),
     ]
+    if cuda and not quick:
+        found.append(Benchmark("memory", (_script("bench_memory"), *device, "--precision", "bfloat16")))
     if options.audio_dir is not None:
         found.append(
             Benchmark(

@@ -62,9 +62,10 @@ def draw(what: str, lines: list[dict[str, Any]], path: Path) -> None:
     right = left.twinx()
     x = [line[what] for line in lines]
     for axis, key, label, colour in ((left, "seconds", "step, s", "C0"), (right, "memory_gb", "memory, GB", "C1")):
-        axis.plot(x, [line[key] for line in lines], "o-", color=colour)
+        values = [line[key] for line in lines]
+        axis.plot(x, values, "o" if what == "model" else "o-", color=colour)  # there is nothing between two models
         axis.set_ylabel(label, color=colour)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(values))
     left.set_xlabel(AXES[what])
     left.tick_params(axis="x", rotation=20 if what == "model" else 0)
     figure.tight_layout()

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 import torchaudio
 from benchmark import PeakMemory, Stopwatch, in_own_process, machine, summary, synthetic_batch, table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from k2ssl.models.frontend import LogMelConfig, WaveformFrontend
 from k2ssl.models.hubert import HubertConfig, HubertModel
@@ -58,6 +60,7 @@ class Ours:
         self.optimizer = build_optimizer(OptimConfig(name="adamw", lr=1e-4) if "hubert" in options.model else OptimConfig(), self.model)
         samples = round(options.seconds * 16000)
         classes = config.head.num_classes
+        self.batch_count = options.batch_count
         self.batch = synthetic_batch(options.utterances, samples, self.model.frontend.num_frames(samples), classes).to(device)
 
     def infer(self) -> Tensor:
@@ -65,6 +68,7 @@ class Ours:
         return frames
 
     def loss(self) -> Tensor:
+        self.model.clock.advance(self.batch_count)  # as a trainer does: what regularisers found in earlier steps takes effect
         output = self.model(self.batch)
         return output.loss / output.num_targets
 
@@ -121,6 +125,27 @@ def timed_inference(job: Ours | Peer, device: torch.device, autocast: Callable[[
     return {"forward": watch.seconds}
 
 
+def counted(run: Callable[[], Any]) -> float:
+    """TFLOP of the matrix products and convolutions in `run`."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as counter:
+        run()
+    return float(counter.get_total_flops()) / 1e12
+
+
+def _addmm_flop(total: Any, left: Any, right: Any, **_: Any) -> int:
+    """Of the product in place, which torch's counter does not know; from shapes."""
+    return int(2 * left[0] * left[1] * right[1])
+
+
+def largest_kernels(run: Callable[[], Any], device: torch.device, most: int) -> list[tuple[str, float, int]]:
+    """What `run` spends most time in: name of the kernel (on a CPU of the operation), milliseconds by itself, calls."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        run()
+    found = [(e.key[:120], (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000, e.count) for e in profiler.key_averages()]
+    return [(name, round(ms, 3), calls) for name, ms, calls in sorted(found, key=lambda kernel: -kernel[1])[:most]]
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """The measurement of one model, in this process."""
     torch.manual_seed(0)
@@ -145,8 +170,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if step >= options.warmup:
             runs.append(seconds)
             cpu.append(time.process_time() - cpu_started)
-    stages = {stage: summary(run[stage] for run in runs)["median"] for stage in runs[0]}
-    whole = summary(sum(run.values()) for run in runs)
+    held = round(memory.gigabytes(), 3)
+    tflop = counted(lambda: run(job, device, autocast))
+    kernels = {"kernels": largest_kernels(lambda: run(job, device, autocast), device, options.kernels)} if options.kernels else {}
+    stages = {stage: summary(one[stage] for one in runs)["median"] for stage in runs[0]}
+    whole = summary(sum(one.values()) for one in runs)
     audio = options.utterances * options.seconds
     return {
         "what": "inference" if options.inference else "training step",
@@ -159,11 +187,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **{key: whole[key] for key in ("min", "max", "runs")},
         "cpu_seconds": summary(cpu)["median"],
         "times_real_time": round(audio / whole["median"], 2),
-        "memory_gb": round(memory.gigabytes(), 3),
+        "memory_gb": held,
+        "tflop": float(f"{tflop:.4g}"),
+        "tflop_per_second": float(f"{tflop / whole['median']:.4g}"),
+        **({"utilisation": round(tflop / whole["median"] / options.peak_tflops, 4)} if options.peak_tflops else {}),
         **stages,
         "optimizer_share": round(stages.get("optimizer", 0.0) / whole["median"], 4),
         "build_and_first_step": round(first, 2),
         **{name: True for name in ("recompute_layers", "plain_frontend", "fuse") if getattr(options, name)},
+        **kernels,
         **machine(device),
         "torchaudio": torchaudio.__version__,
     }
@@ -186,9 +218,15 @@ def main() -> int:
     parser.add_argument("--recompute-layers", action="store_true", help="activation checkpointing of our encoders")
     parser.add_argument("--plain-frontend", action="store_true", help="our waveform frontend without its fast path")
     parser.add_argument("--fuse", action="store_true", help="chains of elementwise operations compiled (ours)")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=0.0, help="of the device in this precision, for the utilisation (default: none)"
+    )
+    parser.add_argument("--kernels", type=int, default=0, help="list so many that take longest, of one step after all others")
     parser.add_argument("--table", action="store_true", help="print a table at the end")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "PRECISION", "FRONTEND"), help="measure in this process")
     options = parser.parse_args()
+    if options.peak_tflops < 0 or options.kernels < 0:
+        parser.error("--peak-tflops and --kernels are at least 0")
     if options.steps < 1 or options.warmup < 1 or options.utterances < 1 or not options.seconds >= 0.1:
         parser.error("--steps, --warmup and --utterances are at least 1, --seconds at least 0.1")
     if options.one:

@@ -123,7 +123,7 @@ def make_uniform(weights: Tensor) -> Tensor:
 
 
 def score_softmax(content: Tensor, positional: Tensor | None = None, padding_mask: Tensor | None = None, penalise: bool = False) -> Tensor:
-    """Softmax over keys of the sum of scores, in float32; under autocast the result is kept, and returned, in the autocast dtype.
+    """Softmax over keys of the sum of scores, in float32 inside; under autocast the result is kept, and returned, in the autocast dtype.
 
     Args:
         content: (N, H, T, T) scores.
@@ -151,7 +151,7 @@ def _align_relative(scores: Tensor) -> Tensor:
 
 
 class _ScoreSoftmax(torch.autograd.Function):
-    """Saves only its result, in the reduced precision it is used in; the backward pass runs in float32."""
+    """Saves only its result, in the reduced precision it is used in."""
 
     @staticmethod
     def forward(
@@ -169,7 +169,8 @@ class _ScoreSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, scores = ctx.saved_tensors
-        grad = _score_gradient(grad, weights, ctx.dtype)
+        # PyTorch's own function is one pass, in float32 inside
+        grad = torch._softmax_backward_data(grad.to(weights.dtype), weights, -1, weights.dtype).to(ctx.dtype)
         if scores is not None:  # hardshrink is 0 inside +-limit
             grad += _SCORE_PENALTY * F.hardshrink(scores, _SCORE_LIMIT).sign().to(grad.dtype)
         return grad, grad if ctx.needs_input_grad[1] else None, None, None, None
@@ -180,11 +181,4 @@ def _weights(content: Tensor, positional: Tensor | None, padding_mask: Tensor | 
     scores = content if positional is None else content + positional
     if padding_mask is not None:
         scores = scores.masked_fill(padding_mask[:, None, None, :], _PADDING_SCORE)
-    return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
-
-
-@fusible
-def _score_gradient(grad: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    product = grad.to(weights.dtype) * weights
-    return (product - weights * product.sum(dim=-1, keepdim=True)).to(dtype)
+    return F.softmax(scores, dim=-1, dtype=scores.dtype).to(dtype)  # dtype: autocast would make a copy in float32 first

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -68,13 +69,17 @@ def test_one_step_is_measured_in_all_its_stages(
     from tests.models.test_hubert_parity import torchaudio_model
 
     monkeypatch.setitem(bench_step.PEERS, "torchaudio_hubert_base", lambda: torchaudio_model(False))
-    arguments = ["--utterances", "2", "--seconds", "0.5", "--steps", "2", "--one", model, "bfloat16", "waveform"]
+    arguments = ["--utterances", "2", "--seconds", "0.5", "--steps", "2", "--kernels", "3", "--peak-tflops", "0.5"]
+    arguments += ["--one", model, "bfloat16", "waveform"]
     monkeypatch.setattr(sys, "argv", ["bench_step.py", *arguments])
     assert bench_step.main() == 0
     line = json.loads(capsys.readouterr().out)
     assert line["runs"] == 2 and line["batch"] == "2 x 0.5 s" and line["precision"] == "bfloat16"
     assert all(line[stage] > 0 for stage in bench_step.STAGES)
     assert line["min"] <= line["seconds"] <= line["max"]
+    assert line["utilisation"] == pytest.approx(line["tflop"] / line["seconds"] / 0.5, rel=0.1) and line["tflop"] > 0
+    milliseconds = [ms for _, ms, _ in line["kernels"]]
+    assert len(milliseconds) == 3 and milliseconds == sorted(milliseconds, reverse=True) and milliseconds[-1] > 0
     assert line["seconds"] == pytest.approx(sum(line[stage] for stage in bench_step.STAGES), rel=0.5)
 
 
@@ -87,3 +92,26 @@ def test_rounded_crops_are_of_the_same_batches_in_fewer_lengths(scripts: None) -
     lost = [before - after for (_, before), (_, after) in zip(plain, rounded, strict=True)]
     assert all(-1e-9 <= seconds < 0.5 for seconds in lost) and sum(lost) > 1
     assert len({seconds for _, seconds in rounded}) <= 32 < len({seconds for _, seconds in plain})
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 100, 1000])
+def test_the_largest_batch_is_found_with_few_trials(scripts: None, limit: int) -> None:
+    import bench_memory  # type: ignore[import-not-found]
+
+    tried: list[int] = []
+
+    def fits(number: int) -> bool:
+        tried.append(number)
+        return number <= limit
+
+    found = bench_memory.largest(fits, 512)
+    assert found <= min(limit, 512) and min(limit, 512) - found <= found / 8
+    assert len(tried) == len(set(tried)) <= 15 and max(tried) <= 512
+
+
+def test_operations_of_a_product_in_place_are_counted(scripts: None) -> None:
+    import bench_step  # type: ignore[import-not-found]
+
+    a, b, c = torch.ones(5, 7), torch.ones(7, 3), torch.ones(5, 3)
+    assert bench_step.counted(lambda: c.addmm_(a, b)) == pytest.approx(2 * 5 * 7 * 3 / 1e12)
+    assert bench_step.counted(lambda: a @ b) == pytest.approx(2 * 5 * 7 * 3 / 1e12)
