@@ -6,7 +6,8 @@ Every measurement runs in a process of its own, one after the other. `memory_gb`
 by the allocator), parameters, gradients and optimizer state included. `cpu_seconds` is the processor time of a
 step, which with one thread (OMP_NUM_THREADS=1) says more than the clock where other work runs beside. Stages: frontend, encoder (forward), loss (the rest of the forward
 pass), backward, optimizer. The peer's step is torchaudio's model, its masked logits' cross-entropy with feature penalty, and AdamW. With
-`--inference` the forward pass to encoder frames alone is timed.
+`--inference` the forward pass to encoder frames alone is timed. `tflop` are the matrix products and convolutions of one step, as torch counts
+them while it runs (recomputed layers twice); over `seconds` and `--peak-tflops` they give `utilisation`. `--kernels 10` lists what takes longest.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ def _check_script(name: str, arguments: list[str], parse: bool) -> None:
         return
     if not re.search(r"\bparse_args\(|\bArgumentParser\(|\bparser\(|run_program\(", path.read_text(encoding="utf-8")):
         raise RefusedError(f"{name} takes no arguments")
-    with mock.patch.object(sys, "argv", [str(path), *arguments]), _reading_only(program):
+    beside = [str(path.parent), *sys.path]  # where python looks first for what a script imports
+    with mock.patch.object(sys, "argv", [str(path), *arguments]), mock.patch.object(sys, "path", beside), _reading_only(program):
         runpy.run_path(str(path), run_name="__main__")
 
 
