@@ -62,7 +62,9 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
     found = [
         Benchmark("step", step),
         Benchmark("inference", (*step, "--inference")),
-        Benchmark("fused step", (*step, "--fuse")),
+        Benchmark(
+            "fused step", (*step[: -len(models)], *(model for model in models if not model.startswith(("hubert", "torchaudio"))), "--fuse")
+        ),
         Benchmark("growth", (_script("bench_growth"), *device, *(("--quick",) if quick else ()))),
         Benchmark("optimizer", (_script("bench_optimizer"), *device)),
         Benchmark("trainer and checkpoint", (_script("bench_trainer"), *device, "--size", "tiny" if quick else "zipformer_base")),
