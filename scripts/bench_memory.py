@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_step import PEERS, SIZES
 from benchmark import in_own_process, table
 
 STEP = str(Path(__file__).parent / "bench_step.py")
@@ -72,7 +73,10 @@ def search(options: argparse.Namespace, model: str, recompute: bool) -> dict[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["zipformer_base", "zipformer_large"], help="as in bench_step.py")
+    models = (*SIZES, *PEERS)
+    parser.add_argument(
+        "--models", nargs="+", default=["zipformer_base", "zipformer_large"], choices=models, metavar="MODEL", help=", ".join(models)
+    )
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--frontend", default="waveform", choices=("waveform", "logmel"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
