@@ -90,7 +90,8 @@ def main() -> int:
         parser.error("--limit-gb is needed on a CPU, whose operating system would kill other programs first")
     if options.most < 1:
         parser.error(f"--most is {options.most}, at least 1 is needed")
-    rows = [search(options, model, recompute) for model in options.models for recompute in (False, True)]
+    ways = {model: (False,) if model in PEERS else (False, True) for model in options.models}
+    rows = [search(options, model, recompute) for model in options.models for recompute in ways[model]]
     print(table(rows, COLUMNS))
     return 0
 
