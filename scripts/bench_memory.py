@@ -21,6 +21,7 @@ from bench_step import PEERS, SIZES
 from benchmark import in_own_process, table
 
 STEP = str(Path(__file__).parent / "bench_step.py")
+OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "exit status -9")  # of CUDA, of a CPU, of its system
 COLUMNS = ["model", "recompute_layers", "utterances", "audio_seconds", "memory_gb", "seconds", "times_real_time"]
 
 
@@ -48,22 +49,13 @@ def search(options: argparse.Namespace, model: str, recompute: bool) -> dict[str
     tried: dict[int, dict[str, Any]] = {}
 
     def fits(utterances: int) -> bool:
-        sizes = [
-            "--utterances",
-            str(utterances),
-            "--seconds",
-            str(options.seconds),
-            "--steps",
-            str(options.steps),
-            "--device",
-            options.device,
-        ]
+        sizes = [f"--utterances={utterances}", f"--seconds={options.seconds}", f"--steps={options.steps}", f"--device={options.device}"]
         flags = [*(["--recompute-layers"] if recompute else []), *(["--fuse"] if options.fuse else [])]
         line = in_own_process(STEP, [*sizes, *flags, "--one", model, options.precision, options.frontend])
         line |= {"model": model, "recompute_layers": recompute, "utterances": utterances, "audio_seconds": utterances * options.seconds}
         tried[utterances] = line
         print(json.dumps(line), flush=True)
-        if "error" in line and "memory" not in line["error"].lower() and "status -9" not in line["error"]:
+        if "error" in line and not any(sign in line["error"] for sign in OUT_OF_MEMORY):
             raise SystemExit(f"bench_memory: {model} with {utterances} utterances failed: {line['error']}")
         return "error" not in line and (not options.limit_gb or line["memory_gb"] <= options.limit_gb)
 

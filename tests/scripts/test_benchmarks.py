@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,32 @@ def test_the_largest_batch_is_found_with_few_trials(scripts: None, limit: int) -
     found = bench_memory.largest(fits, 512)
     assert found <= min(limit, 512) and min(limit, 512) - found <= found / 8
     assert len(tried) == len(set(tried)) <= 15 and max(tried) <= 512
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        ("exit status 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("exit status -9: ", True),
+        ("exit status 1: memory = PeakMemory(device)\nRuntimeError: Found no NVIDIA driver on your system", False),
+    ],
+)
+def test_only_want_of_memory_ends_the_search_for_the_largest_batch(
+    scripts: None, monkeypatch: pytest.MonkeyPatch, error: str, is_memory: bool
+) -> None:
+    import bench_memory
+
+    def measured(script: str, arguments: list[str]) -> dict[str, Any]:
+        utterances = next(int(word.split("=")[1]) for word in arguments if word.startswith("--utterances="))
+        return {"memory_gb": 1.0} if utterances <= 5 else {"error": error}
+
+    monkeypatch.setattr(bench_memory, "in_own_process", measured)
+    monkeypatch.setattr(sys, "argv", ["bench_memory.py", "--limit-gb", "2", "--models", "tiny"])
+    if is_memory:
+        assert bench_memory.main() == 0
+    else:
+        with pytest.raises(SystemExit, match=r"tiny with 8 utterances failed: exit status 1: .*PeakMemory"):
+            bench_memory.main()
 
 
 def test_operations_of_a_product_in_place_are_counted(scripts: None) -> None:
