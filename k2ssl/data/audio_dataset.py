@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -53,6 +54,10 @@ class BatchDataset(Dataset[Loaded[B]], Generic[B]):
     def __getitem__(self, request: Request) -> Loaded[B]:
         """The batch asked for; cuts that cannot be read are left out of it and named."""
         raise NotImplementedError
+
+    def row_seconds(self, durations: Sequence[float]) -> float:
+        """Seconds of every row of a batch of cuts of these durations, s; here all are padded to the longest."""
+        return max(durations)
 
     def identity(self) -> dict[str, Any]:
         """What two datasets must have in common to make the same batch of the same request: plain values by name."""

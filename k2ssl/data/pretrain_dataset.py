@@ -1,7 +1,8 @@
 """Random crops of audio with the labels of exactly that stretch.
 
 Every crop of a batch has the same length, so that nothing is padded: at most `max_seconds`, at most the shortest utterance. With `crop_step`
-there are only few lengths, so that kernels which are chosen or compiled for a length are so for few. A crop starts where all label sets have a label starting, on the label grid: the least common multiple of their shifts in samples.
+there are only few lengths, so that kernels which are chosen or compiled for a length are so for few. A crop starts where all label sets
+have a label starting, on the label grid: the least common multiple of their shifts in samples.
 
 Source: HuBERT (arXiv 2106.07447); fairseq's hubert_dataset rounds the label position to the nearest label instead.
 """
@@ -124,6 +125,10 @@ class PretrainDataset(BatchDataset[PretrainBatch]):
         have it that were saved before there was such a setting."""
         labels = [store.identity for store in self.stores]
         return {**super().identity(), "labels": labels, "crop_step_samples": self.step_samples or None}
+
+    def row_seconds(self, durations: Sequence[float]) -> float:
+        """Seconds of the crops, as far as durations tell: labels may end a little before the audio."""
+        return self.crop_length(round(min(durations) * self.sample_rate)) / self.sample_rate
 
     def crop_length(self, shortest: int) -> int:
         """Samples of every crop of a batch whose shortest utterance has so many usable ones."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from k2ssl.data.audio_dataset import Request
 from k2ssl.data.batch_loader import BatchLoader
-from k2ssl.data.pretrain_dataset import PretrainDataset
 from k2ssl.data.sampler import collection_paused
 
 
@@ -41,7 +40,4 @@ def worst_requests(loader: BatchLoader[Any], most_batches: int = 2000) -> dict[s
 
 def row_seconds(loader: BatchLoader[Any], request: Request) -> float:
     """Seconds of every row of the batch: all are cropped to the shortest cut, or all padded to the longest."""
-    durations = [cut.duration for cut in request.cuts]
-    if not isinstance(loader.dataset, PretrainDataset):
-        return max(durations)
-    return loader.dataset.crop_length(round(min(durations) * loader.dataset.sample_rate)) / loader.dataset.sample_rate
+    return loader.dataset.row_seconds([cut.duration for cut in request.cuts])
