@@ -158,15 +158,14 @@ def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: 
 @fusible
 def _activate_chain(x: Tensor, mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
     """`_activate` at once; by the activation's name, since a compiled function takes its constants for arguments otherwise."""
-    wide = _at_least_float32(x)
-    values = F.softplus(wide - _BY_NAME[name].shift) - _SLOPE * wide - _BY_NAME[name].offset
+    values = _BY_NAME[name](_at_least_float32(x))
     return (values if mask is None else values * mask).to(dtype)
 
 
 @fusible
 def _derivative_chain(grad: Tensor, x: Tensor, mask: Tensor | None, name: str) -> Tensor:
     """`_times_derivative` at once."""
-    derivative = torch.sigmoid(_at_least_float32(x) - _BY_NAME[name].shift) - _SLOPE
+    derivative = _BY_NAME[name].derivative(_at_least_float32(x))
     return ((derivative if mask is None else derivative * mask) * grad).to(x.dtype)
 
 
