@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -15,9 +16,8 @@ if TYPE_CHECKING:  # slow to import, and not needed to show --help
 
 def is_sharded_tensor(value: Any) -> TypeGuard[DTensor]:
     """Whether it is a tensor of which each rank holds a piece."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # before someone has imported it there is no such tensor
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
