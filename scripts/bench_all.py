@@ -47,24 +47,13 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
         models += ["zipformer_large", "hubert_large", "torchaudio_hubert_large"]
     sizes = ("--seconds", "15", "--utterances", "40") if cuda else ()  # a micro-batch of 600 s, as published
     seconds = ("--seconds", "1", "--utterances", "2") if quick else sizes
-    step = (
-        _script("bench_step"),
-        *device,
-        *seconds,
-        "--frontends",
-        "waveform",
-        "logmel",
-        "--precisions",
-        *(("bfloat16",) if cuda else ("float32", "bfloat16")),
-        "--models",
-        *models,
-    )
+    cases = (*device, *seconds, "--frontends", "waveform", "logmel", "--precisions", *(("bfloat16",) if cuda else ("float32", "bfloat16")))
+    step = (_script("bench_step"), *cases, "--models", *models)
+    zipformers = [model for model in models if not model.startswith(("hubert", "torchaudio"))]
     found = [
         Benchmark("step", step),
         Benchmark("inference", (*step, "--inference")),
-        Benchmark(
-            "fused step", (*step[: -len(models)], *(model for model in models if not model.startswith(("hubert", "torchaudio"))), "--fuse")
-        ),
+        Benchmark("fused step", (_script("bench_step"), *cases, "--models", *zipformers, "--fuse")),
         Benchmark("growth", (_script("bench_growth"), *device, *(("--quick",) if quick else ()))),
         Benchmark("optimizer", (_script("bench_optimizer"), *device)),
         Benchmark("trainer and checkpoint", (_script("bench_trainer"), *device, "--size", "tiny" if quick else "zipformer_base")),

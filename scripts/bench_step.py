@@ -61,7 +61,6 @@ class Ours:
         self.optimizer = build_optimizer(OptimConfig(name="adamw", lr=1e-4) if "hubert" in options.model else OptimConfig(), self.model)
         samples = round(options.seconds * 16000)
         classes = config.head.num_classes
-        self.batch_count = options.batch_count
         self.batch = synthetic_batch(options.utterances, samples, self.model.frontend.num_frames(samples), classes).to(device)
 
     def infer(self) -> Tensor:
@@ -69,7 +68,7 @@ class Ours:
         return frames
 
     def loss(self) -> Tensor:
-        self.model.clock.advance(self.batch_count)  # as a trainer does: what regularisers found in earlier steps takes effect
+        self.model.clock.advance(self.model.clock.batch_count)  # as a trainer does: what regularisers found in earlier steps takes effect
         output = self.model(self.batch)
         return output.loss / output.num_targets
 

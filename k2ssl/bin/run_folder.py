@@ -85,7 +85,7 @@ def _completed(saved: Mapping[str, Any], kind: type[Any]) -> Mapping[str, Any]:
         job = from_dict(kind, {key: value for key, value in saved.items() if key != _LINEAGE})
     except ValueError:
         return saved
-    return {**to_dict(job), **{key: saved[key] for key in (_LINEAGE,) if key in saved}}
+    return {**saved, **to_dict(job)}
 
 
 def record_settings(output: Path, job: Any) -> None:
