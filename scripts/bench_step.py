@@ -7,7 +7,9 @@ by the allocator), parameters, gradients and optimizer state included. `cpu_seco
 step, which with one thread (OMP_NUM_THREADS=1) says more than the clock where other work runs beside. Stages: frontend, encoder (forward), loss (the rest of the forward
 pass), backward, optimizer. The peer's step is torchaudio's model, its masked logits' cross-entropy with feature penalty, and AdamW. With
 `--inference` the forward pass to encoder frames alone is timed. `tflop` are the matrix products and convolutions of one step, as torch counts
-them while it runs (recomputed layers twice); over `seconds` and `--peak-tflops` they give `utilisation`. `--kernels 10` lists what takes longest.
+them while it runs (recomputed layers twice); over `seconds` and `--peak-tflops` they give `utilisation`. `operations` is how often torch hands work
+to the device in it (compiled chains are not seen there): a GPU waits where the host needs longer for that than the GPU for the work.
+`--kernels 10` lists what takes longest.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torchaudio
 from benchmark import PeakMemory, Stopwatch, in_own_process, machine, summary, synthetic_batch, table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from k2ssl.models.frontend import LogMelConfig, WaveformFrontend
@@ -125,11 +128,28 @@ def timed_inference(job: Ours | Peer, device: torch.device, autocast: Callable[[
     return {"forward": watch.seconds}
 
 
-def counted(run: Callable[[], Any]) -> float:
-    """TFLOP of the matrix products and convolutions in `run`."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as counter:
+class OperationCounter(TorchDispatchMode):
+    """Counts what is handed to the device: operations of torch that write memory, not those that give a view or make room."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        self.operations += not (function.is_view or "empty" in name or name in _NO_WORK)
+        return result
+
+
+_NO_WORK = ("_unsafe_view", "detach", "promote_types")
+
+
+def counted(run: Callable[[], Any]) -> dict[str, float]:
+    """TFLOP of the matrix products and convolutions in `run`, and its operations."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as flop, OperationCounter() as operations:
         run()
-    return float(counter.get_total_flops()) / 1e12
+    return {"tflop": float(f"{flop.get_total_flops() / 1e12:.4g}"), "operations": operations.operations}
 
 
 def _addmm_flop(total: Any, left: Any, right: Any, **_: Any) -> int:
@@ -171,7 +191,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             runs.append(seconds)
             cpu.append(time.process_time() - cpu_started)
     held = round(memory.gigabytes(), 3)
-    tflop = counted(lambda: run(job, device, autocast))
+    work = counted(lambda: run(job, device, autocast))
     kernels = {"kernels": largest_kernels(lambda: run(job, device, autocast), device, options.kernels)} if options.kernels else {}
     stages = {stage: summary(one[stage] for one in runs)["median"] for stage in runs[0]}
     whole = summary(sum(one.values()) for one in runs)
@@ -188,9 +208,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "cpu_seconds": summary(cpu)["median"],
         "times_real_time": round(audio / whole["median"], 2),
         "memory_gb": held,
-        "tflop": float(f"{tflop:.4g}"),
-        "tflop_per_second": float(f"{tflop / whole['median']:.4g}"),
-        **({"utilisation": round(tflop / whole["median"] / options.peak_tflops, 4)} if options.peak_tflops else {}),
+        **work,
+        "tflop_per_second": float(f"{work['tflop'] / whole['median']:.4g}"),
+        **({"utilisation": round(work["tflop"] / whole["median"] / options.peak_tflops, 4)} if options.peak_tflops else {}),
         **stages,
         "optimizer_share": round(stages.get("optimizer", 0.0) / whole["median"], 4),
         "build_and_first_step": round(first, 2),

@@ -84,6 +84,16 @@ def test_one_step_is_measured_in_all_its_stages(
     assert line["seconds"] == pytest.approx(sum(line[stage] for stage in bench_step.STAGES), rel=0.5)
 
 
+def test_the_work_of_a_step_is_its_products_and_the_operations_that_write_memory(scripts: None) -> None:
+    import bench_step  # type: ignore[import-not-found]
+
+    left, right, total = torch.ones(5, 7), torch.ones(7, 3), torch.ones(5, 3)
+    chain = bench_step.counted(lambda: (left @ right).t().reshape(-1).unsqueeze(0).add(1.0).sum())  # product, copy, addition, sum
+    assert chain == {"tflop": pytest.approx(2 * 5 * 7 * 3 / 1e12), "operations": 4}
+    in_place = bench_step.counted(lambda: total.addmm_(left, right))  # torch's own counter does not know it
+    assert in_place == {"tflop": pytest.approx(2 * 5 * 7 * 3 / 1e12), "operations": 1}
+
+
 def test_rounded_crops_are_of_the_same_batches_in_fewer_lengths(scripts: None) -> None:
     import bench_crops  # type: ignore[import-not-found]
 
@@ -134,11 +144,3 @@ def test_only_want_of_memory_ends_the_search_for_the_largest_batch(
     else:
         with pytest.raises(SystemExit, match=r"tiny with 8 utterances failed: exit status 1: .*PeakMemory"):
             bench_memory.main()
-
-
-def test_operations_of_a_product_in_place_are_counted(scripts: None) -> None:
-    import bench_step  # type: ignore[import-not-found]
-
-    a, b, c = torch.ones(5, 7), torch.ones(7, 3), torch.ones(5, 3)
-    assert bench_step.counted(lambda: c.addmm_(a, b)) == pytest.approx(2 * 5 * 7 * 3 / 1e12)
-    assert bench_step.counted(lambda: a @ b) == pytest.approx(2 * 5 * 7 * 3 / 1e12)
