@@ -55,7 +55,8 @@ def finished(sounds: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unfused() -> Iterator[None]:
-    """What a program compiled is forgotten afterwards."""
+    """What was compiled before is compiled again, and what a program compiled is forgotten afterwards."""
+    torch._dynamo.reset()
     yield
     use_fusion(None)
     torch._dynamo.reset()
