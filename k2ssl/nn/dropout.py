@@ -48,7 +48,7 @@ class Dropout(nn.Module):
 def keep_mask(shape: tuple[int, ...], drop_rate: float, clock: Clock, like: Tensor) -> Tensor:
     """Ones with probability 1 - `drop_rate`, else zeros, in the dtype and on the device of `like`."""
     uniform = torch.rand(shape, generator=clock.generator(like.device), device=like.device)
-    return (uniform >= drop_rate).to(like.dtype)
+    return uniform.ge_(drop_rate).to(like.dtype)  # in place: the result of a comparison need not be converted
 
 
 def drop_sequences(x: Tensor, mask: Tensor | None) -> Tensor:

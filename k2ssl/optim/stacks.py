@@ -133,15 +133,13 @@ class ParameterStacks:
         delta <- beta1 delta - (1 - beta1) lr g / (slope * sqrt(v) + offset).
         """
         beta1, beta2 = betas
-        size_grads = []
+        size_grads = torch.zeros_like(self.rms)
         factor = torch.where(finite, factor, 0.0)
         # memory that is allocated anew for every stack costs a CPU more than the arithmetic does
         room = torch.empty(2, max(stack.delta.numel() for stack in self._stacks), dtype=self.rms.dtype, device=self.rms.device)
         for stack in self._stacks:
             grads = [self._grads[position] for position in stack.positions()]
             rows = [row for row, grad in enumerate(grads) if grad is not None]
-            size_grad = self.rms.new_zeros(len(grads))
-            size_grads.append(size_grad)
             if not rows:
                 continue
             shape = (len(rows), *stack.delta.shape[1:])
@@ -160,14 +158,13 @@ class ParameterStacks:
                 torch._foreach_copy_([stack.exp_avg_sq[row] for row in rows], list(v.unbind()))
                 torch._foreach_copy_([stack.delta_rows[row] for row in rows], list(delta.unbind()))
             if not stack.is_scalar:  # g is not needed any more and becomes p * g
-                params = stack.params
+                params, size_grad = stack.params, size_grads[stack.start : stack.start + len(grads)]
                 torch._foreach_mul_(list(g.unbind()), [params[row] for row in rows])
-                sums = g.flatten(1).sum(dim=1)
                 if whole:
-                    size_grad.copy_(sums)
+                    torch.sum(g.flatten(1), dim=1, out=size_grad)
                 else:
-                    torch._foreach_copy_([size_grad[row] for row in rows], list(sums.unbind()))
-        self.size_grads[phase] = self._sum_over_shards(torch.cat(size_grads))
+                    torch._foreach_copy_([size_grad[row] for row in rows], list(g.flatten(1).sum(dim=1).unbind()))
+        self.size_grads[phase] = self._sum_over_shards(size_grads)
 
     def add_scaled_parameters(self, scales: Tensor) -> None:
         """delta <- delta + scales * p, for (P,) `scales`."""
