@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=2 PYTHONPATH=. python scripts/bench_all.py [--quick] [--device cpu] [--audio-dir FOLDER] [--only step optimizer]
 
-The JSON lines go to --output as they come, each with the name of its benchmark and its command. Benchmarks that need recorded audio are
-left out without --audio-dir, the step of the large models where memory does not suffice. --quick asks each for its least.
+The JSON lines go to --output as they come, each with the name of its benchmark and its command. A run that was interrupted goes on with
+--resume: benchmarks whose lines are there, of the same command, are not run again. Benchmarks that need recorded audio are left out
+without --audio-dir, the step of the large models where memory does not suffice. --quick asks each for little, to see that it runs.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from typing import Any
 import torch
 from benchmark import machine, summary, table
 
+from k2ssl.atomic_file import atomic_file
+
 SCRIPTS = Path(__file__).parent
 _LARGE_GB = 20  # memory that a step of the largest peer takes, with room to spare
+_QUICK_LOSS = ("--batch", "2", "--frames", "100", "--symbols", "20", "--vocab", "50", "--dim", "64")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class Benchmark:
 
     name: str
     command: tuple[str, ...]
+
+    def marked(self, line: dict[str, Any]) -> dict[str, Any]:
+        """A line that tells what it is of."""
+        return {"benchmark": self.name, "command": shlex.join(self.command), **line}
+
+    def is_of(self, line: dict[str, Any]) -> bool:
+        """Whether a line was marked by this benchmark."""
+        return line["benchmark"] == self.name and line["command"] == shlex.join(self.command)
 
 
 def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
@@ -55,20 +67,17 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
         Benchmark("inference", (*step, "--inference")),
         Benchmark("fused step", (_script("bench_step"), *cases, "--models", *zipformers, "--fuse")),
         Benchmark("growth", (_script("bench_growth"), *device, *(("--quick",) if quick else ()))),
-        Benchmark("optimizer", (_script("bench_optimizer"), *device)),
+        Benchmark("optimizer", (_script("bench_optimizer"), *device, *(("--steps", "5") if quick else ()))),
         Benchmark("trainer and checkpoint", (_script("bench_trainer"), *device, "--size", "tiny" if quick else "zipformer_base")),
-        Benchmark("transducer loss", (_script("bench_transducer"), *device)),
+        Benchmark("transducer loss", (_script("bench_transducer"), *device, *(_QUICK_LOSS if quick else ()))),
         Benchmark("searches", (_script("bench_search"), *device, *(("--size", "tiny", "--utterances", "10") if quick else ()))),
     ]
     if cuda and not quick:
         found.append(Benchmark("memory", (_script("bench_memory"), *device, "--precision", "bfloat16")))
     if options.audio_dir is not None:
-        found.append(
-            Benchmark(
-                "data loader", (_script("bench_data"), "--audio-dir", str(options.audio_dir), "--copies", "2", "--many-cuts", "20000")
-            )
-        )
-        found.append(Benchmark("k-means", (_script("bench_kmeans"), "--audio", str(options.audio_dir), *device)))
+        folder, cuts = str(options.audio_dir), "1000" if quick else "20000"
+        found.append(Benchmark("data loader", (_script("bench_data"), "--audio-dir", folder, "--copies", "2", "--many-cuts", cuts)))
+        found.append(Benchmark("k-means", (_script("bench_kmeans"), "--audio", folder, "--seconds", "300" if quick else "3000", *device)))
     else:
         found.append(Benchmark("k-means", (_script("bench_kmeans"), "--seconds", "300" if quick else "3000", *device)))
     return found
@@ -112,15 +121,39 @@ def json_objects(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def row(name: str, line: dict[str, Any]) -> dict[str, Any]:
+def kept_lines(file: Path) -> list[dict[str, Any]]:
+    """Those of an earlier run, without the benchmarks of which a measurement failed.
+
+    Raises:
+        ValueError: something else is in the file.
+    """
+    lines = []
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not {"benchmark", "command"} <= line.keys():
+            raise ValueError(f"{file}, line {number}: {text[:80]!r} is not a line of this program")
+        lines.append(line)
+    failed = {line["benchmark"] for line in lines if "error" in line}
+    return [line for line in lines if line["benchmark"] not in failed]
+
+
+def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
+    with atomic_file(file) as output:
+        output.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def row(line: dict[str, Any]) -> dict[str, Any]:
     """A table's row: texts name the case, numbers are the figures; what is the same in all rows is left out."""
-    common = {"device", "torch", "torchaudio", "python", "threads", "runs", "batch"}
+    common = {"benchmark", "command", "device", "torch", "torchaudio", "python", "threads", "runs", "batch"}
     numbers = {
         key: value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool) and key not in common
     }
     texts = [str(value) for key, value in line.items() if key not in numbers and key not in common]
     figures = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-    return {"benchmark": name, "case": " ".join(texts)[:200], "figures": figures}
+    return {"benchmark": line["benchmark"], "case": " ".join(texts)[:200], "figures": figures}
 
 
 def _script(name: str) -> str:
@@ -134,20 +167,27 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small models and batches: does it run, not how fast")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="first words of the benchmarks to run")
     parser.add_argument("--output", type=Path, default=Path("bench.jsonl"), help="where the lines go (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep what --output holds, and run what it lacks")
     options = parser.parse_args()
-    rows = []
-    with options.output.open("w") as output:
-        chosen = [Benchmark("start-up", ()), *benchmarks(options)]
-        for benchmark in chosen:
-            if options.only and not any(benchmark.name.startswith(name) for name in options.only):
-                continue
-            print(f"{benchmark.name}: {shlex.join(benchmark.command)}", file=sys.stderr, flush=True)
-            for line in run(benchmark) if benchmark.command else start_up(5):
-                output.write(json.dumps({"benchmark": benchmark.name, "command": shlex.join(benchmark.command), **line}) + "\n")
-                output.flush()
-                rows.append(row(benchmark.name, line))
-    print(table(rows, ["benchmark", "case", "figures"]))
-    return 1 if any("exit status" in row["case"] for row in rows) else 0
+    if options.output.exists() and not options.resume:
+        parser.error(f"--output: {options.output} is there already; --resume keeps its lines and runs what it lacks, or name another file")
+    try:
+        lines = kept_lines(options.output) if options.output.exists() else []
+    except (OSError, ValueError) as error:
+        parser.error(f"--output: {error}")
+    chosen = [
+        benchmark
+        for benchmark in (Benchmark("start-up", ()), *benchmarks(options))
+        if not options.only or any(benchmark.name.startswith(name) for name in options.only)
+    ]
+    for number, benchmark in enumerate(chosen, 1):
+        there = any(benchmark.is_of(line) for line in lines)
+        print(f"{number} of {len(chosen)}, {benchmark.name}: {'is there' if there else shlex.join(benchmark.command)}", file=sys.stderr)
+        if not there:
+            lines += [benchmark.marked(line) for line in (run(benchmark) if benchmark.command else start_up(5))]
+            write_lines(options.output, lines)
+    print(table([row(line) for line in lines], ["benchmark", "case", "figures"]))
+    return 1 if any("error" in line for line in lines) else 0
 
 
 if __name__ == "__main__":

@@ -61,6 +61,39 @@ def test_json_objects_are_found_on_one_line_and_on_several(scripts: None) -> Non
     assert bench_all.json_objects(text) == [{"a": 1}, {"b": {"c": 2}}]
 
 
+def test_an_interrupted_run_of_all_goes_on_with_what_is_missing_or_failed(
+    scripts: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_all  # type: ignore[import-not-found]
+
+    def run_all(*arguments: str, codes: dict[str, str]) -> list[dict[str, Any]]:
+        made = [bench_all.Benchmark(name, ("-c", code)) for name, code in codes.items()]
+        monkeypatch.setattr(bench_all, "benchmarks", lambda options: made)
+        monkeypatch.setattr(bench_all, "start_up", lambda runs: [{"what": "import torch", "seconds": 1.0}])
+        monkeypatch.setattr(sys, "argv", ["bench_all.py", "--output", str(tmp_path / "lines.jsonl"), *arguments])
+        status = bench_all.main()
+        lines = [json.loads(text) for text in (tmp_path / "lines.jsonl").read_text().splitlines()]
+        assert status == any("error" in line for line in lines)
+        return lines
+
+    now = "import json, time; print(json.dumps({'at': time.time()}))"
+    first = run_all(codes={"good": now, "bad": "import sys; sys.exit('no luck')"})
+    assert [line["benchmark"] for line in first] == ["start-up", "good", "bad"] and "no luck" in first[2]["error"]
+    again = run_all("--resume", codes={"good": now, "bad": now, "new": now})
+    assert again[:2] == first[:2] and [line["benchmark"] for line in again] == ["start-up", "good", "bad", "new"]
+    assert again[2]["at"] > first[1]["at"]
+    other = run_all("--resume", codes={"good": now + ";"})
+    assert other[-1]["benchmark"] == "good" and other[-1]["at"] > first[1]["at"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_all(codes={"good": now})
+    assert "is there already; --resume" in capsys.readouterr().err
+    (tmp_path / "lines.jsonl").write_text('{"at": 1}\n')
+    with pytest.raises(SystemExit):
+        run_all("--resume", codes={"good": now})
+    assert "line 1: '{\"at\": 1}' is not a line" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["tiny", "torchaudio_hubert_base"])
 def test_one_step_is_measured_in_all_its_stages(
     scripts: None, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
