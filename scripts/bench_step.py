@@ -8,7 +8,7 @@ step, which with one thread (OMP_NUM_THREADS=1) says more than the clock where o
 pass), backward, optimizer. The peer's step is torchaudio's model, its masked logits' cross-entropy with feature penalty, and AdamW. With
 `--inference` the forward pass to encoder frames alone is timed. `tflop` are the matrix products and convolutions of one step, as torch counts
 them while it runs (recomputed layers twice); over `seconds` and `--peak-tflops` they give `utilisation`. `operations` is how often torch hands work
-to the device in it (compiled chains are not seen there): a GPU waits where the host needs longer for that than the GPU for the work.
+to the device in it, with nothing compiled: a GPU waits where the host needs longer for that than the GPU for the work.
 `--kernels 10` lists what takes longest.
 """
 
