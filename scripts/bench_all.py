@@ -173,6 +173,7 @@ def main() -> int:
         parser.error(f"--output: {options.output} is there already; --resume keeps its lines and runs what it lacks, or name another file")
     try:
         lines = kept_lines(options.output) if options.output.exists() else []
+        write_lines(options.output, lines)  # now, not after an hour, is the time to learn that it cannot be written
     except (OSError, ValueError) as error:
         parser.error(f"--output: {error}")
     chosen = [
