@@ -38,13 +38,10 @@ class Benchmark:
     name: str
     command: tuple[str, ...]
 
-    def marked(self, line: dict[str, Any]) -> dict[str, Any]:
-        """A line that tells what it is of."""
-        return {"benchmark": self.name, "command": shlex.join(self.command), **line}
-
-    def is_of(self, line: dict[str, Any]) -> bool:
-        """Whether a line was marked by this benchmark."""
-        return line["benchmark"] == self.name and line["command"] == shlex.join(self.command)
+    @property
+    def mark(self) -> dict[str, str]:
+        """What each of its lines begins with."""
+        return {"benchmark": self.name, "command": shlex.join(self.command)}
 
 
 def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
@@ -136,8 +133,8 @@ def kept_lines(file: Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict) or not {"benchmark", "command"} <= line.keys():
             raise ValueError(f"{file}, line {number}: {text[:80]!r} is not a line of this program")
         lines.append(line)
-    failed = {line["benchmark"] for line in lines if "error" in line}
-    return [line for line in lines if line["benchmark"] not in failed]
+    failed = {(line["benchmark"], line["command"]) for line in lines if "error" in line}
+    return [line for line in lines if (line["benchmark"], line["command"]) not in failed]
 
 
 def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
@@ -182,10 +179,10 @@ def main() -> int:
         if not options.only or any(benchmark.name.startswith(name) for name in options.only)
     ]
     for number, benchmark in enumerate(chosen, 1):
-        there = any(benchmark.is_of(line) for line in lines)
+        there = any(benchmark.mark.items() <= line.items() for line in lines)
         print(f"{number} of {len(chosen)}, {benchmark.name}: {'is there' if there else shlex.join(benchmark.command)}", file=sys.stderr)
         if not there:
-            lines += [benchmark.marked(line) for line in (run(benchmark) if benchmark.command else start_up(5))]
+            lines += [{**benchmark.mark, **line} for line in (run(benchmark) if benchmark.command else start_up(5))]
             write_lines(options.output, lines)
     print(table([row(line) for line in lines], ["benchmark", "case", "figures"]))
     return 1 if any("error" in line for line in lines) else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("quickstart") / "exp"
     done = quickstart(out)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    shutil.copy(out / "logs" / "stages.tsv", out.parent)  # a later test gives a stage again, which adds a line
     return out, done.stdout
 
 
 def test_every_stage_ends_and_says_how_long_it_took(finished: tuple[Path, str]) -> None:
     out, _ = finished
-    with open(out / "logs" / "stages.tsv") as file:
-        stages = list(csv.DictReader(file, delimiter="\t"))[:13]  # of the first run
+    with open(out.parent / "stages.tsv") as file:
+        stages = list(csv.DictReader(file, delimiter="\t"))
     assert [int(row["stage"]) for row in stages] == list(range(13))
     assert {row["exit_status"] for row in stages} == {"0"}
 
