@@ -10,7 +10,9 @@ Every function works without `set_up`: alone there is one rank, number 0, and no
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +28,15 @@ _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Python's lock to let go of the tensors they sent. From here the lock is given up meanwhile (torch's binding of ProcessGroup does that); a
 # DistributedDataParallel model that outlived its group would keep it, and both would wait for ever.
 _ended: list[dist.ProcessGroup] = []
-atexit.register(_ended.clear)
+
+
+@atexit.register
+def _let_go() -> None:
+    """Wait for the threads of groups that have ended: one that asks for Python's lock once that is taken down aborts the process."""
+    if _ended:
+        gc.collect()  # models in cycles of references, which hold their groups
+        _ended.clear()
+        time.sleep(0.1)  # a model of the main module, or torch's cache of sharded tensors, may hold one yet: its threads get the lock now
 
 
 def rank() -> int:
@@ -66,6 +76,9 @@ def set_up(device: torch.device | str = "cpu", timeout_minutes: float = 30.0) ->
         return
     if _several():
         raise RuntimeError("distributed.set_up: a process group is set up already")
+    # Imported later, by DistributedDataParallel, its functions would have this group as their arguments' default, and hold it for ever.
+    import torch.distributed.nn.functional as _  # noqa: F401
+
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     group = dist.group.WORLD
