@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +27,22 @@ from k2ssl.atomic_file import atomic_file
 
 SCRIPTS = Path(__file__).parent
 _LARGE_GB = 20  # memory that a step of the largest peer takes, with room to spare
-_QUICK_LOSS = ("--batch", "2", "--frames", "100", "--symbols", "20", "--vocab", "50", "--dim", "64")
+_BASE = ("zipformer_base", "hubert_base", "torchaudio_hubert_base")
+_LARGE = ("zipformer_large", "hubert_large", "torchaudio_hubert_large")
+_WITHOUT_FUSION = ("hubert", "torchaudio")  # beginnings of names
+_START_UPS = 5  # of each program, after one that is not counted
+_QUICK = {  # what a benchmark is asked for to see that it runs
+    "step": ("--steps", "1"),
+    "inference": ("--steps", "1"),
+    "fused step": ("--steps", "1"),
+    "growth": ("--quick",),
+    "optimizer": ("--steps", "5"),
+    "trainer and checkpoint": ("--seconds", "2", "--steps", "1", "--checkpoints", "1"),
+    "transducer loss": ("--batch", "2", "--frames", "100", "--symbols", "20", "--vocab", "50", "--dim", "64"),
+    "searches": ("--size", "tiny", "--seconds", "2", "--utterances", "4", "--alone", "2", "--encoder-utterances", "1"),
+    "data loader": ("--many-cuts", "1000", "--workers", "0", "1"),
+    "k-means": ("--seconds", "100", "--restarts", "2"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,38 +60,41 @@ class Benchmark:
 
 def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
     """Those that this machine can run."""
-    device, quick = ("--device", options.device), options.quick
-    cuda = options.device.startswith("cuda")
+    device, cuda = ("--device", options.device), options.device.startswith("cuda")
     memory_gb = (
         torch.cuda.get_device_properties(0).total_memory / 1e9 if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     )
-    models = ["tiny"] if quick else ["zipformer_base", "hubert_base", "torchaudio_hubert_base"]
-    if memory_gb > _LARGE_GB and not quick:
-        models += ["zipformer_large", "hubert_large", "torchaudio_hubert_large"]
+    models = ["tiny"] if options.quick else [*_BASE, *(_LARGE if memory_gb > _LARGE_GB else ())]
     sizes = ("--seconds", "15", "--utterances", "40") if cuda else ()  # a micro-batch of 600 s, as published
-    seconds = ("--seconds", "1", "--utterances", "2") if quick else sizes
-    cases = (*device, *seconds, "--frontends", "waveform", "logmel", "--precisions", *(("bfloat16",) if cuda else ("float32", "bfloat16")))
-    step = (_script("bench_step"), *cases, "--models", *models)
-    zipformers = [model for model in models if not model.startswith(("hubert", "torchaudio"))]
-    found = [
-        Benchmark("step", step),
-        Benchmark("inference", (*step, "--inference")),
-        Benchmark("fused step", (_script("bench_step"), *cases, "--models", *zipformers, "--fuse")),
-        Benchmark("growth", (_script("bench_growth"), *device, *(("--quick",) if quick else ()))),
-        Benchmark("optimizer", (_script("bench_optimizer"), *device, *(("--steps", "5") if quick else ()))),
-        Benchmark("trainer and checkpoint", (_script("bench_trainer"), *device, "--size", "tiny" if quick else "zipformer_base")),
-        Benchmark("transducer loss", (_script("bench_transducer"), *device, *(_QUICK_LOSS if quick else ()))),
-        Benchmark("searches", (_script("bench_search"), *device, *(("--size", "tiny", "--utterances", "10") if quick else ()))),
+    if options.quick:
+        sizes = ("--seconds", "1", "--utterances", "2")
+    audio = () if options.audio_dir is None else (str(options.audio_dir),)
+
+    def step(model: str) -> tuple[str, ...]:
+        if model in _LARGE and not cuda:  # a minute a step
+            return ("bench_step", *device, *sizes, "--models", model)
+        precisions = ("bfloat16",) if cuda else ("float32", "bfloat16")
+        return ("bench_step", *device, *sizes, "--frontends", "waveform", "logmel", "--precisions", *precisions, "--models", model)
+
+    commands = [("step", *step(model)) for model in models]
+    commands += [("inference", *step(model), "--inference") for model in models]
+    commands += [("fused step", *step(model), "--fuse") for model in models if not model.startswith(_WITHOUT_FUSION)]
+    commands += [
+        ("growth", "bench_growth", *device),
+        ("optimizer", "bench_optimizer", *device),
+        ("trainer and checkpoint", "bench_trainer", *device, "--size", "tiny" if options.quick else "zipformer_base"),
+        ("transducer loss", "bench_transducer", *device),
+        ("searches", "bench_search", *device),
     ]
-    if cuda and not quick:
-        found.append(Benchmark("memory", (_script("bench_memory"), *device, "--precision", "bfloat16")))
-    if options.audio_dir is not None:
-        folder, cuts = str(options.audio_dir), "1000" if quick else "20000"
-        found.append(Benchmark("data loader", (_script("bench_data"), "--audio-dir", folder, "--copies", "2", "--many-cuts", cuts)))
-        found.append(Benchmark("k-means", (_script("bench_kmeans"), "--audio", folder, "--seconds", "300" if quick else "3000", *device)))
-    else:
-        found.append(Benchmark("k-means", (_script("bench_kmeans"), "--seconds", "300" if quick else "3000", *device)))
-    return found
+    if cuda and not options.quick:
+        commands.append(("memory", "bench_memory", *device, "--precision", "bfloat16"))
+    if audio:
+        commands.append(("data loader", "bench_data", "--audio-dir", *audio, "--copies", "2", "--many-cuts", "20000"))
+    commands.append(("k-means", "bench_kmeans", *device, *(("--audio", *audio) if audio else ())))
+    return [
+        Benchmark(name, (str(SCRIPTS / f"{script}.py"), *arguments, *(_QUICK[name] if options.quick else ())))
+        for name, script, *arguments in commands
+    ]
 
 
 def start_up(runs: int) -> list[dict[str, Any]]:
@@ -92,7 +109,7 @@ def start_up(runs: int) -> list[dict[str, Any]]:
             started = time.perf_counter()
             subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
             seconds.append(time.perf_counter() - started)
-        lines.append({"what": name, "seconds": statistics.median(seconds[1:]), **summary(seconds[1:]), **machine(torch.device("cpu"))})
+        lines.append({"what": name, **summary(seconds[1:]), **machine(torch.device("cpu"))})
     return lines
 
 
@@ -143,47 +160,59 @@ def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def row(line: dict[str, Any]) -> dict[str, Any]:
-    """A table's row: texts name the case, numbers are the figures; what is the same in all rows is left out."""
+    """A table's row: texts, and names of what is true, tell the case, numbers are the figures; what is the same in all rows is left out."""
     common = {"benchmark", "command", "device", "torch", "torchaudio", "python", "threads", "runs", "batch"}
     numbers = {
         key: value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool) and key not in common
     }
-    texts = [str(value) for key, value in line.items() if key not in numbers and key not in common]
+    texts = [" ".join(value.split()) for key, value in line.items() if isinstance(value, str) and key not in common]
+    texts += [key for key, value in line.items() if value is True]
     figures = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
     return {"benchmark": line["benchmark"], "case": " ".join(texts)[:200], "figures": figures}
 
 
-def _script(name: str) -> str:
-    return str(SCRIPTS / f"{name}.py")
-
-
-def main() -> int:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--audio-dir", type=Path, help="folder of 16 kHz FLAC, for the loader and k-means")
-    parser.add_argument("--quick", action="store_true", help="small models and batches: does it run, not how fast")
+    parser.add_argument("--quick", action="store_true", help="small models and batches, five minutes: does it run, not how fast")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="first words of the benchmarks to run")
     parser.add_argument("--output", type=Path, default=Path("bench.jsonl"), help="where the lines go (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep what --output holds, and run what it lacks")
     options = parser.parse_args()
+    if options.device != "cpu" and not (options.device.startswith("cuda") and torch.cuda.is_available()):
+        parser.error(f"--device is {options.device!r}; cpu, or cuda on a machine that has a GPU, is needed")
+    if options.audio_dir is not None and next(options.audio_dir.rglob("*.flac"), None) is None:
+        parser.error(f"--audio-dir: no .flac file in {options.audio_dir}")
+    fitting = [Benchmark("start-up", ()), *benchmarks(options)]
+    for begin in options.only:
+        if not any(benchmark.name.startswith(begin) for benchmark in fitting):
+            names = ", ".join(dict.fromkeys(benchmark.name for benchmark in fitting))
+            parser.error(f"--only: no benchmark that fits this machine is called {begin!r}; there are {names}")
+    options.benchmarks = [benchmark for benchmark in fitting if not options.only or benchmark.name.startswith(tuple(options.only))]
     if options.output.exists() and not options.resume:
         parser.error(f"--output: {options.output} is there already; --resume keeps its lines and runs what it lacks, or name another file")
     try:
-        lines = kept_lines(options.output) if options.output.exists() else []
-        write_lines(options.output, lines)  # now, not after an hour, is the time to learn that it cannot be written
+        options.lines = kept_lines(options.output) if options.output.exists() else []
+        write_lines(options.output, options.lines)  # now, not after an hour, is the time to learn that it cannot be written
     except (OSError, ValueError) as error:
         parser.error(f"--output: {error}")
-    chosen = [
-        benchmark
-        for benchmark in (Benchmark("start-up", ()), *benchmarks(options))
-        if not options.only or any(benchmark.name.startswith(name) for name in options.only)
-    ]
-    for number, benchmark in enumerate(chosen, 1):
+    return options
+
+
+def main() -> int:
+    options = _options()
+    lines: list[dict[str, Any]] = options.lines
+    for number, benchmark in enumerate(options.benchmarks, 1):
         there = any(benchmark.mark.items() <= line.items() for line in lines)
-        print(f"{number} of {len(chosen)}, {benchmark.name}: {'is there' if there else shlex.join(benchmark.command)}", file=sys.stderr)
+        what = "is there" if there else shlex.join(benchmark.command)
+        print(f"{number} of {len(options.benchmarks)}, {benchmark.name}: {what}", file=sys.stderr)
         if not there:
-            lines += [{**benchmark.mark, **line} for line in (run(benchmark) if benchmark.command else start_up(5))]
+            started = time.perf_counter()
+            measured = run(benchmark) if benchmark.command else start_up(1 if options.quick else _START_UPS)
+            lines += [{**benchmark.mark, **line} for line in measured]
             write_lines(options.output, lines)
+            print(f"  {len(measured)} lines, {time.perf_counter() - started:.0f} s", file=sys.stderr)
     print(table([row(line) for line in lines], ["benchmark", "case", "figures"]))
     return 1 if any("error" in line for line in lines) else 0
 

@@ -94,6 +94,42 @@ def test_an_interrupted_run_of_all_goes_on_with_what_is_missing_or_failed(
     assert "line 1: '{\"at\": 1}' is not a line" in capsys.readouterr().err
 
 
+def test_a_quick_run_of_some_ends_with_a_table_of_one_line_for_each_measurement(tmp_path: Path) -> None:
+    script, output = SCRIPTS / "bench_all.py", tmp_path / "lines.jsonl"
+    command = [sys.executable, str(script), "--quick", "--only", "trainer", "searches", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [json.loads(text) for text in output.read_text().splitlines()]
+    assert [line["benchmark"] for line in lines] == ["trainer and checkpoint"] + ["searches"] * 6
+    assert len(done.stdout.splitlines()) == 2 + len(lines), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device is 'tpu'; cpu, or cuda on a machine that has a GPU"),
+        (["--audio-dir", "."], "--audio-dir: no .flac file in ."),
+        (["--only", "stepp"], "is called 'stepp'; there are start-up, step, inference"),
+    ],
+)
+def test_what_a_run_of_all_cannot_do_is_refused_before_anything_is_written(
+    scripts: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    import bench_all
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench_all.py", *arguments])
+    with pytest.raises(SystemExit):
+        bench_all.main()
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_row_of_the_table_of_all_is_one_line_of_texts_and_figures(scripts: None) -> None:
+    import bench_all
+
+    line = {"benchmark": "step", "what": "a\n  b", "fused": True, "quick": False, "sizes": [1, 2], "seconds": 0.12345678, "threads": 2}
+    assert bench_all.row(line) == {"benchmark": "step", "case": "a b fused", "figures": "seconds 0.1235"}
+
+
 @pytest.mark.parametrize("model", ["tiny", "torchaudio_hubert_base"])
 def test_one_step_is_measured_in_all_its_stages(
     scripts: None, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
