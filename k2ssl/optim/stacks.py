@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .shards import SumOverShards, local, piece_for, sharded_like
+from .shards import SumOverShards, is_sharded_tensor, local, piece_for, sharded_like
 
 # Temporary memory is a few times the largest stack. A CPU also wants it to stay in its caches; a GPU wants few kernels.
 _MAX_ELEMENTS_CPU = 2**18
@@ -23,6 +23,7 @@ class _Stack:
 
     def __init__(self, start: int, params: list[Tensor]) -> None:
         self.start, self.whole = start, params
+        self.is_scalar, self._sharded = params[0].numel() == 1, any(is_sharded_tensor(param) for param in params)
         first = local(params[0])
         self.exp_avg_sq = torch.zeros((len(params), *first.shape), dtype=first.dtype, device=first.device)
         self.delta = torch.zeros_like(self.exp_avg_sq)
@@ -31,11 +32,12 @@ class _Stack:
     @property
     def params(self) -> list[Tensor]:
         # asked for anew each time: a parameter's data may be exchanged, as averaging does
-        return [local(param) for param in self.whole]
+        return [local(param) for param in self.whole] if self._sharded else self.whole
 
-    @property
-    def is_scalar(self) -> bool:
-        return self.whole[0].numel() == 1
+    def stacked_params(self) -> Tensor:
+        """(B, *shape) the parameters; a view of a single one, so not to be written to."""
+        params = self.params
+        return params[0].unsqueeze(0) if len(params) == 1 else torch.stack(params)
 
     def positions(self) -> range:
         """Where these parameters are among all names."""
@@ -144,8 +146,12 @@ class ParameterStacks:
                 continue
             shape = (len(rows), *stack.delta.shape[1:])
             g, denominator = (part[: math.prod(shape)].view(shape) for part in room)
-            torch.stack([grad for grad in grads if grad is not None], out=g)
-            g.mul_(factor)
+            present = [grad for grad in grads if grad is not None]
+            if len(present) == 1:  # as are most of a large model's numbers; `stack` would copy them by one thread
+                torch.mul(present[0], factor, out=g[0])
+            else:
+                torch.stack(present, out=g)
+                g.mul_(factor)
             g.nan_to_num_(0.0, 0.0, 0.0)  # what 0 leaves of gradients that are not finite; a mask takes ten times as long
             whole = len(rows) == len(grads)
             v = stack.exp_avg_sq if whole else torch.stack([stack.exp_avg_sq[row] for row in rows])
@@ -171,7 +177,7 @@ class ParameterStacks:
         scales = scales if self._mask is None else torch.where(self._mask, scales, 0.0)
         for stack in self._stacks:
             if not stack.is_scalar:
-                stack.delta.addcmul_(torch.stack(stack.params), stack.per_row(scales, list(range(len(stack.whole)))))
+                stack.delta.addcmul_(stack.stacked_params(), stack.per_row(scales, list(range(len(stack.whole)))))
 
     def apply(self, scalar_max: float) -> None:
         """p <- p + delta; one-element tensors stay within +-scalar_max."""
@@ -214,10 +220,7 @@ class ParameterStacks:
     def _measured_rms(self) -> Tensor:
         ones = self._numel.new_ones
         squares = torch.cat(
-            [
-                ones(len(stack.whole)) if stack.is_scalar else torch.stack(stack.params).square_().flatten(1).sum(dim=1)
-                for stack in self._stacks
-            ]
+            [ones(len(stack.whole)) if stack.is_scalar else stack.stacked_params().square().flatten(1).sum(dim=1) for stack in self._stacks]
         )
         return torch.where(self.is_scalar, 1.0, (self._sum_over_shards(squares) / self._numel).sqrt_())
 
