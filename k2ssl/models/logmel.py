@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from k2ssl.batch import padding_mask_from_lens
 from k2ssl.models.frontend_base import Frontend, check_gradient_scale
-from k2ssl.nn.activation import swoosh_r
+from k2ssl.nn.activation import swoosh_linear, swoosh_r
+from k2ssl.nn.depthwise import DepthwiseConvolution2d
 from k2ssl.nn.mel import LogMel
 from k2ssl.structure import check_types
 
@@ -101,23 +102,23 @@ class LogMelFrontend(Frontend):
 
     def _frames(self, audio: Tensor, audio_lens: Tensor | None) -> Tensor:
         x = (self.mel(audio) - self.mel_mean) / self.mel_std
-        x = x.to(self.out.weight.dtype).unsqueeze(1)  # (N, 1, T at 100 Hz, bands)
+        x = x.to(self.out.weight.dtype).unsqueeze(3)  # (N, T at 100 Hz, bands, 1), channels last from here on
         fine, coarse = self._padding_masks(audio, audio_lens)
-        x = swoosh_r(self.conv1(_zero_padding(x, fine)))
-        x = swoosh_r(self.conv2(_zero_padding(x, fine)))  # time and bands halved
-        x = swoosh_r(self.conv3(_zero_padding(x, coarse)))  # bands halved
+        x = swoosh_r(_convolve(self.conv1, _zero_padding(x, fine)))
+        x = swoosh_r(_convolve(self.conv2, _zero_padding(x, fine)))  # time and bands halved
+        x = swoosh_r(_convolve(self.conv3, _zero_padding(x, coarse)))  # bands halved
         x = self.block(_zero_padding(x, coarse))
-        return self.out(x.transpose(1, 2).flatten(2))
+        return self.out(x.transpose(2, 3).flatten(2))
 
     def _padding_masks(self, audio: Tensor, audio_lens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """(N, 1, T, 1) masks, True at padding, before and after the halving of the frame rate."""
+        """(N, T, 1, 1) masks, True at padding, before and after the halving of the frame rate."""
         if audio_lens is None:
             return None, None
         fine_lens = torch.div(audio_lens - self.mel.frame_length, self.mel.frame_shift, rounding_mode="floor") + 1
         fine_width = (audio.size(1) - self.mel.frame_length) // self.mel.frame_shift + 1
         fine = padding_mask_from_lens(fine_lens, fine_width, audio.device)
         coarse = padding_mask_from_lens(self.num_frames(audio_lens), self.num_frames(audio.size(1)), audio.device)
-        return fine[:, None, :, None], coarse[:, None, :, None]
+        return fine[:, :, None, None], coarse[:, :, None, None]
 
 
 class _ResidualBlock(nn.Module):
@@ -125,13 +126,21 @@ class _ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.depthwise = DepthwiseConvolution2d(channels, 7)
         self.widen = nn.Conv2d(channels, hidden, 1)
         self.narrow = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, T, bands) -> the same."""
-        return x + self.narrow(swoosh_r(self.widen(self.depthwise(x))))
+        """(N, T, bands, C) -> the same."""
+        hidden = _convolve(self.widen, self.depthwise(x))
+        assert self.narrow.bias is not None
+        narrow = swoosh_linear(hidden.flatten(1, 2), self.narrow.weight.flatten(1), self.narrow.bias, swoosh_r)
+        return x + narrow.view_as(x)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """(N, T, bands, C) -> the same with other sizes, by a convolution whose channels come last in memory."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _initialise(module: nn.Module) -> None:

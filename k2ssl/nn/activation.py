@@ -99,9 +99,22 @@ class SwooshDropoutLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, in_dim) -> (N, T, out_dim)."""
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        return _SwooshDropoutLinear.apply(x, self.weight, self.bias, self.dropout.mask(x), self.activation, dtype)
+        return swoosh_linear(x, self.weight, self.bias, self.activation, self.dropout.mask(x))
+
+
+def swoosh_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Swoosh, mask: Tensor | None = None) -> Tensor:
+    """linear(activation(x) * mask), keeping only `x` for the backward pass: (N, T, in_dim) -> (N, T, out_dim).
+
+    Args:
+        x: (N, T, in_dim).
+        weight: (out_dim, in_dim).
+        bias: (out_dim,).
+        activation: computed in float32 under autocast.
+        mask: (N, 1, in_dim) factors of dropout; None for 1.
+    """
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    return _SwooshDropoutLinear.apply(x, weight, bias, mask, activation, dtype)
 
 
 class _SwooshDropoutLinear(torch.autograd.Function):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2ssl.nn.activation import SwooshDropoutLinear, swoosh_r
 from k2ssl.nn.balancer import Balancer
+from k2ssl.nn.depthwise import DepthwiseConvolution
 from k2ssl.nn.fusion import fusible
 from k2ssl.nn.schedule import Clock, Schedule
 from k2ssl.nn.whiten import Whiten
@@ -61,26 +61,3 @@ def _gated(x: Tensor, gate: Tensor, padding_mask: Tensor | None) -> Tensor:
     """x sigmoid(gate), zero at padding."""
     x = x * gate.sigmoid()
     return x if padding_mask is None else x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-
-
-class DepthwiseConvolution(nn.Conv1d):
-    """Convolution over time of every channel apart, as many frames out as in; channels last.
-
-    On a CPU it runs as a two-dimensional convolution of width one, whose layout oneDNN takes as it is: the same sums without reordering
-    the frames, several times as fast.
-
-    Args:
-        dim: channels C; kernel: odd number of taps.
-    """
-
-    def __init__(self, dim: int, kernel: int) -> None:
-        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, C) -> (N, T, C)."""
-        x = x.transpose(1, 2)
-        if x.device.type != "cpu":
-            return super().forward(x).transpose(1, 2)
-        padding = (int(self.padding[0]), 0)
-        image = F.conv2d(x.unsqueeze(3), self.weight.unsqueeze(3), self.bias, padding=padding, groups=self.groups)
-        return image.squeeze(3).transpose(1, 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from k2ssl.nn.bypass import Bypass
-from k2ssl.nn.convolution import ConvolutionModule, DepthwiseConvolution
+from k2ssl.nn.convolution import ConvolutionModule
 from k2ssl.nn.dropout import Dropout, keep_mask
 from k2ssl.nn.keep_in_graph import keep_in_graph
 from k2ssl.nn.limit import limit_value
@@ -143,17 +143,3 @@ def test_the_convolution_does_not_see_padding(frames: int) -> None:
 def test_an_even_kernel_is_refused(kernel: int) -> None:
     with pytest.raises(ValueError, match=f"kernel is {kernel}, allowed are odd numbers"):
         ConvolutionModule(6, kernel, Clock())
-
-
-@pytest.mark.parametrize("kernel", [1, 5, 15])
-def test_depthwise_convolution_on_the_cpu_equals_conv1d_with_its_gradients(kernel: int) -> None:
-    torch.manual_seed(0)
-    conv = DepthwiseConvolution(6, kernel).double()
-    x = torch.randn(2, 11, 6, dtype=torch.float64, requires_grad=True)
-    leaves = [x, *conv.parameters()]
-    truth = torch.nn.functional.conv1d(x.transpose(1, 2), conv.weight, conv.bias, padding=kernel // 2, groups=6).transpose(1, 2)
-    fast = conv(x)
-    torch.testing.assert_close(fast, truth, rtol=1e-13, atol=1e-13)
-    seen = torch.randn_like(truth)
-    for ours, true in zip(torch.autograd.grad((fast * seen).sum(), leaves), torch.autograd.grad((truth * seen).sum(), leaves), strict=True):
-        torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)

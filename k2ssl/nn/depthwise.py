@@ -1,0 +1,86 @@
+"""Depthwise convolutions over frames whose channels come last, in the layout that a CPU's library takes as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+class DepthwiseConvolution(nn.Conv1d):
+    """Convolution over time of every channel apart, as many frames out as in; channels last.
+
+    On a CPU it runs as a two-dimensional convolution of width one, whose layout oneDNN takes as it is: the same sums without reordering
+    the frames, several times as fast.
+
+    Args:
+        dim: channels C.
+        kernel: odd number of taps.
+    """
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T, C)."""
+        x = x.transpose(1, 2)
+        if x.device.type != "cpu":
+            return super().forward(x).transpose(1, 2)
+        padding = (int(self.padding[0]), 0)
+        image = F.conv2d(x.unsqueeze(3), self.weight.unsqueeze(3), self.bias, padding=padding, groups=self.groups)
+        return image.squeeze(3).transpose(1, 2)
+
+
+class DepthwiseConvolution2d(nn.Conv2d):
+    """Convolution over time and bands of every channel apart, as many of both out as in; channels last.
+
+    On a CPU the weights' gradient is summed in float32 whatever the precision: oneDNN takes three times as long in bfloat16.
+
+    Args:
+        dim: channels C.
+        kernel: odd number of taps in time and in bands.
+    """
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, bands, C) -> the same."""
+        if x.device.type != "cpu":
+            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        assert self.bias is not None
+        return _CpuDepthwise2d.apply(x.to(dtype), self.weight, self.bias)
+
+
+class _CpuDepthwise2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
+        with torch.autocast("cpu", enabled=False):
+            image = F.conv2d(_image(x), weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[-1] // 2, groups=len(weight))
+        return image.permute(0, 2, 3, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        options = {"padding": weight.shape[-1] // 2, "groups": len(weight)}
+        image, grad_image = _image(x), _image(grad)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = conv2d_input(image.shape, weight.to(grad.dtype), grad_image, **options).permute(0, 2, 3, 1)
+        if ctx.needs_input_grad[1]:
+            grad_weight = conv2d_weight(image.to(weight.dtype), weight.shape, grad_image.to(weight.dtype), **options)
+        grad_bias = grad.sum((0, 1, 2), dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias
+
+
+def _image(x: Tensor) -> Tensor:
+    """(N, T, bands, C) -> (N, C, T, bands), channels last in memory."""
+    return x.contiguous().permute(0, 3, 1, 2)
