@@ -11,12 +11,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k2ssl.batch import padding_mask_from_lens
 from k2ssl.models.frontend_base import Frontend, check_gradient_scale
 from k2ssl.nn.activation import swoosh_linear, swoosh_r
-from k2ssl.nn.depthwise import DepthwiseConvolution2d
+from k2ssl.nn.depthwise import DepthwiseConvolution2d, as_matrix
 from k2ssl.nn.mel import LogMel
 from k2ssl.structure import check_types
 
@@ -140,7 +141,7 @@ class _ResidualBlock(nn.Module):
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """(N, T, bands, C) -> the same with other sizes, by a convolution whose channels come last in memory."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return F.conv2d(x.permute(0, 3, 1, 2), as_matrix(conv.weight), conv.bias, conv.stride, conv.padding).permute(0, 2, 3, 1)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -50,11 +50,20 @@ class DepthwiseConvolution2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, bands, C) -> the same."""
-        if x.device.type != "cpu":
-            return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         assert self.bias is not None
-        return _CpuDepthwise2d.apply(x.to(dtype), self.weight, self.bias)
+        if x.device.type != "cpu":
+            return self._conv_forward(x.permute(0, 3, 1, 2), as_matrix(self.weight), self.bias).permute(0, 2, 3, 1)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return _CpuDepthwise2d.apply(x.to(dtype), as_matrix(self.weight), self.bias)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The same weights seen by way of a matrix, so that their gradient comes back with their strides.
+
+    Where channels come last, the gradient of a depthwise or 1 x 1 convolution has other strides than its weights along the axes of
+    length one; nothing depends on these, but DistributedDataParallel would copy such gradients and warn of it.
+    """
+    return weight.flatten(1).view_as(weight)
 
 
 class _CpuDepthwise2d(torch.autograd.Function):

@@ -73,6 +73,13 @@ def test_every_parameter_receives_a_gradient() -> None:
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
+def test_gradients_have_the_strides_of_weights_which_replicas_need() -> None:
+    frontend = LogMelFrontend(LogMelConfig(channels=(2, 4, 8), output_dim=16))
+    frames = frontend(torch.randn(1, 8000))
+    gradients = torch.autograd.grad(frames.sum(), list(frontend.parameters()))
+    assert [gradient.stride() for gradient in gradients] == [parameter.stride() for parameter in frontend.parameters()]
+
+
 def test_a_new_stack_lets_the_audio_through() -> None:
     """Default initialisation leaves frames that hardly change over time, whatever the audio does."""
     frontend = _frontend(LogMelConfig())
