@@ -29,6 +29,7 @@ SCRIPTS = Path(__file__).parent
 _LARGE_GB = 20  # memory that a step of the largest peer takes, with room to spare
 _BASE = ("zipformer_base", "hubert_base", "torchaudio_hubert_base")
 _LARGE = ("zipformer_large", "hubert_large", "torchaudio_hubert_large")
+_PEAK_TFLOPS = {"H200": "989", "H100": "989", "A100": "312"}  # of bfloat16 without sparsity, from the makers' data sheets
 _WITHOUT_FUSION = ("hubert", "torchaudio")  # beginnings of names
 _START_UPS = 5  # of each program, after one that is not counted
 _QUICK = {  # what a benchmark is asked for to see that it runs
@@ -73,8 +74,12 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
     def step(model: str) -> tuple[str, ...]:
         if model in _LARGE and not cuda:  # a minute a step
             return ("bench_step", *device, *sizes, "--models", model)
-        precisions = ("bfloat16",) if cuda else ("float32", "bfloat16")
-        return ("bench_step", *device, *sizes, "--frontends", "waveform", "logmel", "--precisions", *precisions, "--models", model)
+        case = ("bench_step", *device, *sizes, "--frontends", "waveform", "logmel", "--models", model)
+        if not cuda:
+            return (*case, "--precisions", "float32", "bfloat16")
+        name = torch.cuda.get_device_name(0)
+        peak = next((tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+        return (*case, "--precisions", "bfloat16", "--kernels", "10", *(("--peak-tflops", peak) if peak else ()))
 
     commands = [("step", *step(model)) for model in models]
     commands += [("inference", *step(model), "--inference") for model in models]
