@@ -5,6 +5,7 @@ Formulas: arXiv 2310.11230, section 3.3. Both are softplus shifted right, tilted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class Swoosh:
     def __call__(self, x: Tensor) -> Tensor:
         """Value at `x`, any shape, in `x`'s dtype."""
         y = F.softplus(x - self.shift)
-        y -= _SLOPE * x  # in place: memory is what costs here
+        y.sub_(x, alpha=_SLOPE)  # in place: memory is what costs here
         y -= self.offset
         return y
 
@@ -184,13 +185,18 @@ def _derivative_chain(grad: Tensor, x: Tensor, mask: Tensor | None, name: str) -
 
 def _parts(x: Tensor) -> Iterator[tuple[int | slice, ...]]:
     """Indices that cut (N, T, C) into pieces that fit a CPU's cache; on other devices, which want few kernels, all of it."""
-    if x.device.type != "cpu":
+    size = math.prod(x.shape[1:])  # of an utterance
+    if x.device.type != "cpu" or x.numel() <= _PIECE:
         yield (slice(None),)
-        return
-    step = max(1, _PIECE // x.shape[2])
-    for utterance in range(x.shape[0]):
-        for start in range(0, x.shape[1], step):
-            yield utterance, slice(start, start + step)
+    elif size <= _PIECE:  # several utterances at once
+        step = _PIECE // size
+        for start in range(0, len(x), step):
+            yield (slice(start, start + step),)
+    else:
+        step = max(1, _PIECE // x.shape[2])
+        for utterance in range(len(x)):
+            for start in range(0, x.shape[1], step):
+                yield utterance, slice(start, start + step)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -31,7 +31,11 @@ def _plain(layer: SwooshDropoutLinear, x: torch.Tensor, mask: torch.Tensor | Non
 
 @pytest.mark.parametrize("activation", [swoosh_l, swoosh_r])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradients_of_the_fused_layer_are_those_of_the_plain_formula(activation: Swoosh, dropout: float) -> None:
+@pytest.mark.parametrize("piece", [1000, 60, 10])  # all at once; two of the three utterances; two of the six frames
+def test_gradients_of_the_fused_layer_are_those_of_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, activation: Swoosh, dropout: float, piece: int
+) -> None:
+    monkeypatch.setattr("k2ssl.nn.activation._PIECE", piece)
     clock = Clock(1)
     layer = SwooshDropoutLinear(5, 4, activation, clock, dropout=dropout).double()
     x = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
@@ -39,12 +43,14 @@ def test_gradients_of_the_fused_layer_are_those_of_the_plain_formula(activation:
     grad = torch.randn(3, 6, 4, dtype=torch.float64)
 
     clock.seed(8)
-    fused = torch.autograd.grad(layer(x), inputs, grad)
+    value = layer(x)
+    fused = torch.autograd.grad(value, inputs, grad)
     clock.seed(8)
     mask = layer.dropout.mask(x)
     assert (mask is None) == (dropout == 0.0)
-    plain = torch.autograd.grad(_plain(layer, x, mask), inputs, grad)
-    for one, two in zip(fused, plain, strict=True):
+    truth = _plain(layer, x, mask)
+    plain = torch.autograd.grad(truth, inputs, grad)
+    for one, two in zip((value, *fused), (truth, *plain), strict=True):
         torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-10)
 
 
