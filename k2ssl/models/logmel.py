@@ -133,7 +133,7 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, bands, C) -> the same."""
-        hidden = _convolve(self.widen, self.depthwise(x))
+        hidden = F.linear(self.depthwise(x), self.widen.weight.flatten(1), self.widen.bias)
         assert self.narrow.bias is not None
         narrow = swoosh_linear(hidden.flatten(1, 2), self.narrow.weight.flatten(1), self.narrow.bias, swoosh_r)
         return x + narrow.view_as(x)
