@@ -85,7 +85,8 @@ class _CpuDepthwise2d(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = conv2d_input(image.shape, weight.to(grad.dtype), grad_image, **options).permute(0, 2, 3, 1)
         if ctx.needs_input_grad[1]:
-            grad_weight = conv2d_weight(image.to(weight.dtype), weight.shape, grad_image.to(weight.dtype), **options)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            grad_weight = conv2d_weight(image.to(wide), weight.shape, grad_image.to(wide), **options).to(weight.dtype)
         grad_bias = grad.sum((0, 1, 2), dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
 
