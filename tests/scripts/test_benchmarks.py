@@ -153,6 +153,22 @@ def test_one_step_is_measured_in_all_its_stages(
     assert line["seconds"] == pytest.approx(sum(line[stage] for stage in bench_step.STAGES), rel=0.5)
 
 
+@pytest.mark.parametrize("model", ["tiny", "torchaudio_hubert_base"])
+def test_inference_is_measured_with_its_work(
+    scripts: None, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench_step
+
+    from tests.models.test_hubert_parity import torchaudio_model
+
+    monkeypatch.setitem(bench_step.PEERS, "torchaudio_hubert_base", lambda: torchaudio_model(False))
+    arguments = ["--utterances", "2", "--seconds", "0.5", "--steps", "2", "--inference", "--one", model, "float32", "waveform"]
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *arguments])
+    assert bench_step.main() == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["what"] == "inference" and line["forward"] > 0 and line["tflop"] > 0 and line["operations"] > 0
+
+
 def test_the_work_of_a_step_is_its_products_and_the_operations_that_write_memory(scripts: None) -> None:
     import bench_step  # type: ignore[import-not-found]
 
