@@ -62,13 +62,13 @@ def test_kernels_of_k2_are_asked_and_give_what_torch_gives(
     caplog.set_level(logging.INFO, "k2ssl.models.k2")
     use_swoosh_backend("k2")
     torch.testing.assert_close(outputs(activation, torch.float32), expected, rtol=0, atol=1e-5)
-    # forward, and both again in the backward pass: on a CPU each of the two utterances is a piece
-    assert asked == [f"value {activation.name}"] * 4 + [f"derivative {activation.name}"] * 2
+    # forward, and both again in the backward pass: two utterances as short as these are one piece
+    assert asked == [f"value {activation.name}"] * 2 + [f"derivative {activation.name}"]
     outputs(activation, torch.float64)
-    assert len(asked) == 6
+    assert len(asked) == 3
     use_swoosh_backend("auto")
     torch.testing.assert_close(outputs(activation, torch.float32), expected, rtol=0, atol=0)
-    assert len(asked) == 6
+    assert len(asked) == 3
     assert [record.message for record in caplog.records] == ["swoosh: backend k2 (chosen)", "swoosh: backend torch (automatic)"]
 
 
