@@ -333,8 +333,9 @@ print(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
 def test_memory_does_not_grow_with_the_corpus() -> None:
     def peak(pieces: int) -> float:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc raises it as it goes and then keeps what is freed: up to 12 MiB by chance
         run = subprocess.run([sys.executable, "-c", _MEASURE, str(pieces)], env=environment, capture_output=True, text=True, check=True)
         return int(run.stdout) / 1024  # MiB
 
     small, large = peak(10), peak(150)  # 8 MB and 117 MB of frames
-    assert large < small + 24  # from run to run it differs by up to 12
+    assert large < small + 12
