@@ -28,8 +28,6 @@ class ConvolutionModule(nn.Module):
 
     def __init__(self, dim: int, kernel: int, clock: Clock) -> None:
         super().__init__()
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"ConvolutionModule: kernel is {kernel}, allowed are odd numbers >= 1")
         self.in_proj = nn.Linear(dim, 2 * dim)
         self.gate_balancer = Balancer(
             clock,

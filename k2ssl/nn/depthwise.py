@@ -20,9 +20,13 @@ class DepthwiseConvolution(nn.Conv1d):
     Args:
         dim: channels C.
         kernel: odd number of taps.
+
+    Raises:
+        ValueError: an even or non-positive kernel.
     """
 
     def __init__(self, dim: int, kernel: int) -> None:
+        _check_kernel("DepthwiseConvolution", kernel)
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,9 +47,13 @@ class DepthwiseConvolution2d(nn.Conv2d):
     Args:
         dim: channels C.
         kernel: odd number of taps in time and in bands.
+
+    Raises:
+        ValueError: an even or non-positive kernel.
     """
 
     def __init__(self, dim: int, kernel: int) -> None:
+        _check_kernel("DepthwiseConvolution2d", kernel)
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,3 +102,8 @@ class _CpuDepthwise2d(torch.autograd.Function):
 def _image(x: Tensor) -> Tensor:
     """(N, T, bands, C) -> (N, C, T, bands), channels last in memory."""
     return x.contiguous().permute(0, 3, 1, 2)
+
+
+def _check_kernel(name: str, kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:  # there would be more frames out than in
+        raise ValueError(f"{name}: kernel is {kernel}, allowed are odd numbers >= 1")

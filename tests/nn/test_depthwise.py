@@ -65,3 +65,10 @@ def test_nothing_is_computed_for_gradients_that_nobody_wants() -> None:
     assert x.grad is not None and conv.weight.grad is None
     y = conv(x.detach())
     assert not y.requires_grad
+
+
+@pytest.mark.parametrize("module", [DepthwiseConvolution, DepthwiseConvolution2d])
+@pytest.mark.parametrize("kernel", [0, 4, -3])
+def test_an_even_kernel_is_refused_by_name(module: type[DepthwiseConvolution | DepthwiseConvolution2d], kernel: int) -> None:
+    with pytest.raises(ValueError, match=f"{module.__name__}: kernel is {kernel}, allowed are odd numbers"):
+        module(6, kernel)
