@@ -146,10 +146,10 @@ class _SwooshDropoutLinear(torch.autograd.Function):
 
 
 def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
-    """activation(x) * mask in `dtype`."""
+    """activation(x) * mask in `dtype`, frames in rows whatever the strides of `x`: `F.linear` would copy its weights per utterance."""
     if fuses() and _kernels is None:
-        return _activate_chain(x, mask, activation.name, dtype)
-    hidden = torch.empty_like(x, dtype=dtype)
+        return _activate_chain(x, mask, activation.name, dtype).contiguous()
+    hidden = x.new_empty(x.shape, dtype=dtype)
     for part in _parts(x):
         values = activation.value(_at_least_float32(x[part]))
         hidden[part] = values if mask is None else values.mul_(mask[part[0]])

@@ -95,26 +95,25 @@ class Balancer(nn.Module):
 def balanced_gradient(x: Tensor, grad: Tensor, limits: BalancerLimits) -> Tensor:
     """The gradient `grad` of x (..., C), modified for channels outside `limits`; float32 at least.
 
-    With mu, sd and r the mean, standard deviation and rms of a channel, the penalty |m - clamp(m)| + |log(clamp(r) / r)|, m = mu / sd,
-    has a gradient that is affine in x: offset + slope (x - mu), up to a constant that the normalisation removes.
+    With mu, sd and r the mean, standard deviation and rms of a channel, z = (x - mu) / sd and m = mu / sd, the gradient of the penalty
+    |m - clamp(m)| + |log(clamp(r) / r)| is, up to a constant that the normalisation removes, s + w m + (w - s m) z, where s is the sign
+    of what the clamp takes from m, and w that for r over 1 + m^2 = (r / sd)^2. Its rms is sqrt((s^2 + w^2) (1 + m^2)).
     """
     axes = tuple(range(x.ndim - 1))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    grad = grad.to(wide.dtype)
-    variance, mean = torch.var_mean(wide, dim=axes, correction=0, keepdim=True)
-    rms_square = (variance + mean.square()).clamp(min=_EPS)
-    variance = variance.clamp(min=_EPS)
-    std, rms = variance.sqrt(), rms_square.sqrt()
-
+    mean = x.mean(dim=axes, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    centred = x - mean
+    std = centred.square().mean(dim=axes, keepdim=True).clamp_(min=_EPS).sqrt_()  # `var_mean` takes a CPU several times as long
     ratio = mean / std
-    ratio_sign = torch.sign(ratio - ratio.clamp(limits.min_mean, limits.max_mean))
-    rms_sign = torch.sign(rms - rms.clamp(limits.min_rms, limits.max_rms))
-    offset = ratio_sign / std + rms_sign * mean / rms_square
-    slope = rms_sign / rms_square - ratio_sign * mean / (variance * std)
-    size = (offset.square() + slope.square() * variance).sqrt().clamp(min=_EPS)
+    growth = ratio.square().add_(1.0)
+    root = growth.sqrt()
+    rms = std * root
 
-    scale = limits.grad_scale / size
-    return grad + grad.abs() * (scale * (offset - slope * mean) + (scale * slope) * wide)
+    ratio_sign = torch.sign(ratio - ratio.clamp(limits.min_mean, limits.max_mean))
+    rms_part = torch.sign(rms - rms.clamp(limits.min_rms, limits.max_rms)).div_(growth)
+    scale = limits.grad_scale / torch.hypot(ratio_sign, rms_part).mul_(root).clamp_(min=_EPS)
+    offset = torch.addcmul(ratio_sign, rms_part, ratio).mul_(scale)
+    slope = torch.addcmul(rms_part, ratio_sign, ratio, value=-1.0).mul_(scale).div_(std)
+    return centred.mul_(slope).add_(offset).mul_(grad.abs()).add_(grad)  # in place: memory is what costs here
 
 
 class _Balance(torch.autograd.Function):

@@ -14,8 +14,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 class DepthwiseConvolution(nn.Conv1d):
     """Convolution over time of every channel apart, as many frames out as in; channels last.
 
-    On a CPU it runs as a two-dimensional convolution of width one, whose layout oneDNN takes as it is: the same sums without reordering
-    the frames, several times as fast.
+    On a CPU it runs as a two-dimensional convolution of width one, which oneDNN has for frames whose channels come last: the same sums
+    without reordering the frames, several times as fast, and what follows gets frames in rows.
 
     Args:
         dim: channels C.
@@ -31,12 +31,11 @@ class DepthwiseConvolution(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, C) -> (N, T, C)."""
-        x = x.transpose(1, 2)
         if x.device.type != "cpu":
-            return super().forward(x).transpose(1, 2)
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
         padding = (int(self.padding[0]), 0)
-        image = F.conv2d(x.unsqueeze(3), self.weight.unsqueeze(3), self.bias, padding=padding, groups=self.groups)
-        return image.squeeze(3).transpose(1, 2)
+        weight = as_matrix(self.weight).unsqueeze(3)
+        return F.conv2d(_image(x.unsqueeze(2)), weight, self.bias, padding=padding, groups=self.groups).permute(0, 2, 3, 1).squeeze(2)
 
 
 class DepthwiseConvolution2d(nn.Conv2d):

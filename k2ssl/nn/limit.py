@@ -36,5 +36,5 @@ class _LimitValue(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         low, high = ctx.limits
         # a descent step is -grad: below the range the gradient must not be positive, above it not negative
-        outward = ((x < low) & (grad > 0)) | ((x > high) & (grad < 0))
-        return torch.where(outward, -grad, grad), None, None
+        inside = x.clamp(low, high)
+        return torch.where(x == inside, grad, grad.copysign(x - inside)), None, None
