@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from k2ssl.nn.fusion import fusible
 from k2ssl.nn.schedule import Clock, Schedule, constant
 
 _PROBABILITY_ABOVE = 0.25  # fraction of calls on which it acts while the metric was above the limit when last seen
@@ -67,22 +68,28 @@ def whitening_metric_and_gradient(x: Tensor, num_groups: int) -> tuple[Tensor, T
     Both products of a bfloat16 `x`, which are nearly all of the cost, and so the gradient, are in bfloat16: it is off by half a percent,
     and is added as a hundredth of another. All else is in float32 at least; float16 would overflow in a product.
     """
-    channels = x.shape[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.reshape(-1, num_groups, channels // num_groups).transpose(0, 1)  # (groups, frames, channels per group)
-    rows = rows.to(wide) if x.dtype == torch.float16 else rows
+    rows = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)  # (groups, frames, channels per group)
+    rows = rows.float() if x.dtype == torch.float16 else rows
     rows = rows - rows.mean(dim=1, keepdim=True)
-    covariance = rows.transpose(1, 2) @ rows
-    diagonal = covariance.diagonal(dim1=1, dim2=2)
-    mean_diagonal = diagonal.sum(dtype=wide) / channels
+    metric, matrix = _metric_and_matrix(rows.transpose(1, 2) @ rows)
+    return metric, (rows @ matrix).transpose(0, 1).reshape(x.shape)
+
+
+@fusible
+def _metric_and_matrix(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The metric of covariances (groups, C, C), and what rows are multiplied by for its gradient."""
+    channels = covariance.shape[0] * covariance.shape[1]
+    wide = torch.promote_types(covariance.dtype, torch.float32)
+    mean_diagonal = covariance.diagonal(dim1=1, dim2=2).sum(dtype=wide) / channels
     mean_square = covariance.to(wide).square().sum() / channels
     denominator = mean_diagonal.square() + _EPS
     metric = mean_square / denominator
 
     # d metric / dC = (2 C / denominator - 2 mean_square mean_diagonal I / denominator^2) / channels, and dC -> dx multiplies by 2 x
-    diagonal.sub_(metric * mean_diagonal)
-    gradient = rows @ covariance.mul_(4.0 / (channels * denominator))
-    return metric, gradient.transpose(0, 1).reshape(x.shape)
+    factor = 4.0 / (channels * denominator)
+    matrix = covariance * factor
+    matrix.diagonal(dim1=1, dim2=2).sub_(metric * mean_diagonal * factor)
+    return metric, matrix
 
 
 class _Whiten(torch.autograd.Function):
@@ -102,9 +109,13 @@ class _Whiten(torch.autograd.Function):
             metric, penalty = whitening_metric_and_gradient(x, module.num_groups)
             above = metric > ctx.limit
             module.clock.set_flag(module.above_limit, above)
-            scale = module.grad_scale * _norm(grad, metric.dtype) / (_norm(penalty, metric.dtype) + _EPS)
-            return penalty.mul_(torch.where(above, scale, 0.0)).to(grad.dtype).add_(grad), None
+            return _with_penalty(grad, penalty, above, module.grad_scale), None
 
 
-def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=dtype)
+@fusible
+def _with_penalty(grad: Tensor, penalty: Tensor, above: Tensor, grad_scale: float) -> Tensor:
+    """`grad` plus the penalty, at `grad_scale` times the norm of `grad`, if it is `above` the limit."""
+    wide = torch.promote_types(penalty.dtype, torch.float32)
+    norm, penalty_norm = (torch.linalg.vector_norm(t, dtype=wide) for t in (grad, penalty))
+    scale = torch.where(above, grad_scale * norm / (penalty_norm + _EPS), 0.0)
+    return (penalty * scale).to(grad.dtype).add_(grad)

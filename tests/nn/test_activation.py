@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from k2ssl.nn.activation import Swoosh, SwooshDropoutLinear, swoosh_l, swoosh_r
 from k2ssl.nn.schedule import Clock
@@ -81,3 +84,23 @@ def test_under_autocast_the_output_is_bfloat16_and_close_to_float32() -> None:
     grad = torch.autograd.grad(y.float().square().sum(), layer.weight)[0]
     assert grad.dtype == torch.float32
     torch.testing.assert_close(grad, expected, atol=0.05 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_frames_that_are_not_in_rows_are_one_product_with_the_weights(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SwooshDropoutLinear(32, 16, swoosh_r, Clock())
+    frames = torch.randn(3, 32, 9).transpose(1, 2)
+    expected = layer(frames.contiguous())
+    products: list[tuple[int, ...]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                products.append(tuple(args[-2].shape))
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("k2ssl.nn.activation.fuses", lambda: fused)
+    with Products():
+        y = layer(frames)
+    assert products == [(27, 32)]
+    torch.testing.assert_close(y, expected)

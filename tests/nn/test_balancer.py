@@ -47,6 +47,23 @@ def test_the_closed_form_is_the_gradient_of_the_penalty() -> None:
     assert touched.tolist() == [channel != 5 for channel in range(12)]
 
 
+@pytest.mark.parametrize("x", [1e8, 1e-12, 0.0])
+def test_a_channel_that_never_moves_has_a_finite_gradient(x: float) -> None:
+    grad = torch.randn(3, 4, 2)
+    limits = BalancerLimits(min_mean=-0.3, max_mean=0.4, min_rms=0.5, max_rms=4.0, grad_scale=0.04)
+    ours = balanced_gradient(torch.full((3, 4, 2), x), grad, limits)
+    assert ours.isfinite().all()
+    assert (ours - grad).abs().max() <= 0.05 * grad.abs().max()
+
+
+def test_a_channel_whose_values_are_too_small_for_their_squares_is_made_larger() -> None:
+    x = torch.randn(30, 4, 2) * 1e-9
+    limits = BalancerLimits(min_mean=-10.0, max_mean=10.0, min_rms=0.5, max_rms=4.0, grad_scale=0.04)
+    added = balanced_gradient(x, torch.ones_like(x), limits) - 1.0
+    assert torch.equal(added.sign(), -x.sign())  # a step against the gradient moves every value away from zero
+    assert added.square().mean().sqrt().item() == pytest.approx(0.04, rel=1e-3)
+
+
 def test_it_acts_on_the_scheduled_fraction_of_training_calls_and_never_in_evaluation() -> None:
     clock = Clock(2)
     balancer = Balancer(clock, min_abs=10.0, probability=Schedule((0, 0.5), (8000, 0.125)))

@@ -23,6 +23,18 @@ def test_depthwise_convolution_on_the_cpu_equals_conv1d_with_its_gradients(kerne
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frames_and_their_gradients_stay_in_rows_and_weights_gradients_have_the_strides_of_their_weights(dtype: torch.dtype) -> None:
+    conv = DepthwiseConvolution(6, 5)
+    x = torch.randn(2, 11, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = conv(x)
+    assert y.is_contiguous() and y.dtype == dtype
+    y.backward(torch.randn_like(y))
+    assert x.grad is not None and x.grad.is_contiguous()
+    assert conv.weight.grad is not None and conv.weight.grad.stride() == conv.weight.stride()
+
+
 def _with_gradients(y: Tensor, seen: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad((y * seen).sum(), leaves)]
 

@@ -51,6 +51,25 @@ def test_white_data_has_metric_one_and_rank_one_data_the_number_of_channels() ->
     assert whitening_metric_and_gradient(line, 1)[0].item() == pytest.approx(8.0, rel=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "of_gradient"), [(torch.bfloat16, 1e-2), (torch.float16, 1e-5)])
+def test_half_precision_has_the_metric_in_float32_and_a_gradient_within_a_hundredth(dtype: torch.dtype, of_gradient: float) -> None:
+    x = (torch.randn(300, 24) @ torch.randn(24, 24) * 200.0 + 30.0).to(dtype)  # sums of its squares are beyond float16
+    exact_metric, exact = whitening_metric_and_gradient(x.double(), 2)
+    metric, gradient = whitening_metric_and_gradient(x, 2)
+    assert metric.dtype == torch.float32 and metric.item() == pytest.approx(exact_metric.item(), rel=2e-3)
+    assert (gradient.double() - exact).norm() < of_gradient * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_penalty_has_its_size_and_the_gradient_its_dtype(dtype: torch.dtype) -> None:
+    x = (torch.randn(300, 24) @ torch.randn(24, 24)).to(dtype).requires_grad_()
+    grad = torch.randn_like(x)
+    y = Whiten(AlwaysClock(), 1, limit=1.0, grad_scale=0.25)(x)
+    y.backward(grad)
+    assert x.grad is not None and x.grad.dtype == dtype
+    assert ((x.grad.double() - grad.double()).norm() / grad.double().norm()).item() == pytest.approx(0.25, rel=1e-2)
+
+
 def _acts(whiten: Whiten, clock: Clock, x: torch.Tensor, calls: int) -> float:
     count = 0
     for _ in range(calls):
