@@ -57,7 +57,7 @@ def test_a_channel_that_never_moves_has_a_finite_gradient(x: float) -> None:
 
 
 def test_a_channel_whose_values_are_too_small_for_their_squares_is_made_larger() -> None:
-    x = torch.randn(30, 4, 2) * 1e-9
+    x = torch.randn(30, 4, 2) * 1.5e-10
     limits = BalancerLimits(min_mean=-10.0, max_mean=10.0, min_rms=0.5, max_rms=4.0, grad_scale=0.04)
     added = balanced_gradient(x, torch.ones_like(x), limits) - 1.0
     assert torch.equal(added.sign(), -x.sign())  # a step against the gradient moves every value away from zero
