@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import machine, summary, table
+from benchmark import device_here, machine, summary, table
 
 from k2ssl.atomic_file import atomic_file
 
@@ -178,15 +178,13 @@ def row(line: dict[str, Any]) -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--audio-dir", type=Path, help="folder of 16 kHz FLAC, for the loader and k-means")
     parser.add_argument("--quick", action="store_true", help="small models and batches, five minutes: does it run, not how fast")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="first words of the benchmarks to run")
     parser.add_argument("--output", type=Path, default=Path("bench.jsonl"), help="where the lines go (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep what --output holds, and run what it lacks")
     options = parser.parse_args()
-    if options.device != "cpu" and not (options.device.startswith("cuda") and torch.cuda.is_available()):
-        parser.error(f"--device is {options.device!r}; cpu, or cuda on a machine that has a GPU, is needed")
     if options.audio_dir is not None and next(options.audio_dir.rglob("*.flac"), None) is None:
         parser.error(f"--audio-dir: no .flac file in {options.audio_dir}")
     fitting = [Benchmark("start-up", ()), *benchmarks(options)]

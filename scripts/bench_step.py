@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchaudio
-from benchmark import PeakMemory, Stopwatch, in_own_process, machine, summary, synthetic_batch, table
+from benchmark import PeakMemory, Stopwatch, device_here, in_own_process, machine, summary, synthetic_batch, table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
     parser.add_argument("--batch-count", type=float, default=10000.0, help="where our schedules stand (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--inference", action="store_true", help="forward pass only")
     parser.add_argument("--recompute-layers", action="store_true", help="activation checkpointing of our encoders")
     parser.add_argument("--plain-frontend", action="store_true", help="our waveform frontend without its fast path")

@@ -27,6 +27,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 import torchaudio
+from benchmark import device_here
 from torch import Tensor
 
 from k2ssl.losses.transducer import pruned_loss, simple_loss
@@ -147,7 +148,7 @@ def arguments() -> argparse.Namespace:
         ("repeats", 5, "timed runs of each, at least 5"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="who computes our recursions: auto, torch or triton")
     parser.add_argument("--peak-of", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import resource
@@ -16,6 +17,17 @@ from typing import Any
 import torch
 
 from k2ssl.batch import PretrainBatch
+
+
+def device_here(name: str) -> str:
+    """The type of an option `--device`.
+
+    Raises:
+        ArgumentTypeError: this machine has no such device.
+    """
+    if name == "cpu" or (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
+        return name
+    raise argparse.ArgumentTypeError(f"{name!r} was given; cpu, or cuda on a machine that has a GPU, is needed")
 
 
 class Stopwatch:
