@@ -178,7 +178,7 @@ def row(line: dict[str, Any]) -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--audio-dir", type=Path, help="folder of 16 kHz FLAC, for the loader and k-means")
     parser.add_argument("--quick", action="store_true", help="small models and batches, five minutes: does it run, not how fast")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="first words of the benchmarks to run")

@@ -77,7 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="zipformer_base", help="whose batches grow (default: %(default)s)")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=list(AXES), choices=tuple(AXES))
     parser.add_argument("--pictures", type=Path, help="folder for growth_*.png; none are drawn without it")

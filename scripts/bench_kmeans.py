@@ -58,7 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=39, help="of random frames")
     parser.add_argument("--batch-frames", type=int, default=10_000)
     parser.add_argument("--restarts", type=int, default=10)
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--memory-of", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 

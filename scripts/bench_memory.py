@@ -71,7 +71,7 @@ def main() -> int:
     )
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--frontend", default="waveform", choices=("waveform", "logmel"))
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each utterance (default: %(default)s)")
     parser.add_argument("--limit-gb", type=float, default=0.0, help="1e9 bytes; 0: what the device has (default: %(default)s)")
     parser.add_argument("--most", type=int, default=4096, help="utterances to try at most (default: %(default)s)")

@@ -119,7 +119,7 @@ def main() -> None:
     default_shapes = Path(__file__).parents[1] / "tests" / "golden" / "upstream_keys_base.json"
     parser.add_argument("--shapes", type=Path, default=default_shapes, help="JSON file: name -> shape")
     parser.add_argument("--steps", type=int, default=12, help="timed steps; a multiple of 4, the size-update period, is fair")
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
     if args.steps < 5:
         parser.error(f"--steps is {args.steps}, at least 5 are needed for a median")

@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--encoder-utterances", type=int, default=4, help="that are encoded; 0: none (default: %(default)s)")
     parser.add_argument("--beam", type=int, default=4, help="of both beam searches (default: %(default)s)")
     parser.add_argument("--tokens-per-second", type=float, default=4.0, help="that the random heads emit, about (default: %(default)s)")
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
     if min(args.utterances, args.alone, args.beam) < 1 or not 0.1 <= args.seconds <= args.batch_seconds:
         parser.error("--utterances, --alone and --beam are at least 1, --seconds at least 0.1 and at most --batch-seconds")

@@ -233,7 +233,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (default: %(default)s)")
     parser.add_argument("--batch-count", type=float, default=10000.0, help="where our schedules stand (default: %(default)s)")
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--inference", action="store_true", help="forward pass only")
     parser.add_argument("--recompute-layers", action="store_true", help="activation checkpointing of our encoders")
     parser.add_argument("--plain-frontend", action="store_true", help="our waveform frontend without its fast path")

@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=16.0, help="of audio in the step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
     parser.add_argument("--checkpoints", type=int, default=3, help="timed checkpoints (default: %(default)s)")
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     options = parser.parse_args()
     if options.steps < 1 or options.checkpoints < 1 or not options.seconds > 0.1:
         parser.error("--steps and --checkpoints are at least 1, --seconds more than 0.1")

@@ -148,7 +148,7 @@ def arguments() -> argparse.Namespace:
         ("repeats", 5, "timed runs of each, at least 5"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default {default})")
-    parser.add_argument("--device", type=device_here, default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", type=device_here, default="cpu", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="who computes our recursions: auto, torch or triton")
     parser.add_argument("--peak-of", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS)
     args = parser.parse_args()

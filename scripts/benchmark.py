@@ -17,17 +17,20 @@ from typing import Any
 import torch
 
 from k2ssl.batch import PretrainBatch
+from k2ssl.bin.cluster_features import choose_device
+from k2ssl.config import ConfigError
 
 
 def device_here(name: str) -> str:
-    """The type of an option `--device`.
+    """The type of an option `--device`: what the programs take, "auto" resolved.
 
     Raises:
         ArgumentTypeError: this machine has no such device.
     """
-    if name == "cpu" or (name.split(":")[0] == "cuda" and torch.cuda.is_available()):
-        return name
-    raise argparse.ArgumentTypeError(f"{name!r} was given; cpu, or cuda on a machine that has a GPU, is needed")
+    try:
+        return choose_device(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Stopwatch:

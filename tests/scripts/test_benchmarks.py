@@ -106,7 +106,7 @@ def test_a_quick_run_of_some_ends_with_a_table_of_one_line_for_each_measurement(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "tpu"], "--device: 'tpu' was given; cpu, or cuda on a machine that has a GPU"),
+        (["--device", "tpu"], "--device: device is 'tpu', allowed are auto, cpu, cuda and cuda:NUMBER"),
         (["--audio-dir", "."], "--audio-dir: no .flac file in ."),
         (["--only", "stepp"], "is called 'stepp'; there are start-up, step, inference"),
     ],
