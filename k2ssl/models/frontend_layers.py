@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from k2ssl.batch import padding_mask_from_lens
 from k2ssl.nn.masked_norm import MaskedTimeNorm
+from k2ssl.nn.precision import product_dtype
 from k2ssl.nn.row_convolution import Norm, activate, convolve_activated, convolve_windows
 
 EPS = 1e-5
@@ -67,10 +68,7 @@ def frames_from_rows(layers: Sequence[ConvLayer], audio: Tensor, audio_lens: Ten
         (N, T, C); frames that see padding are finite and mean nothing.
     """
     conv = layers[0].conv
-    dtype = conv.weight.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    if torch.is_autocast_enabled(audio.device.type):
-        dtype = torch.get_autocast_dtype(audio.device.type)
+    dtype, wide = product_dtype(conv.weight), torch.promote_types(conv.weight.dtype, torch.float32)
     with torch.autocast(audio.device.type, enabled=False):
         rate = math.prod(layer.conv.stride[0] for layer in layers[1:])
         windows = _windows(audio.to(wide), audio_lens, conv, rate, centred=isinstance(layers[0].norm, MaskedTimeNorm))

@@ -16,6 +16,7 @@ from k2ssl.nn.convolution import ConvolutionModule
 from k2ssl.nn.dropout import drop_sequences, keep_mask
 from k2ssl.nn.feedforward import FeedForward
 from k2ssl.nn.norm import BiasNorm
+from k2ssl.nn.precision import product_dtype
 from k2ssl.nn.schedule import Clock, Schedule
 from k2ssl.nn.whiten import Whiten
 
@@ -101,8 +102,11 @@ class ZipformerLayer(nn.Module):
         return first
 
     def _sequence_mask(self, x: Tensor, rate: Schedule) -> Tensor | None:
-        """(N, 1, 1): a sequence's contribution is dropped with the given rate, without rescaling; None outside training."""
+        """(N, 1, 1): a sequence's contribution is dropped with the given rate, without rescaling; None outside training.
+
+        In the dtype of the contributions, which under autocast is not that of the stream `x`.
+        """
         drop_rate = rate(self.clock.batch_count)
         if not self.training or drop_rate == 0.0:
             return None
-        return keep_mask((x.shape[0], 1, 1), drop_rate, self.clock, x)
+        return keep_mask((x.shape[0], 1, 1), drop_rate, self.clock, x).to(product_dtype(x))

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from k2ssl.nn.dropout import Dropout
 from k2ssl.nn.fusion import fuses, fusible
 from k2ssl.nn.initial import scale_initial
+from k2ssl.nn.precision import product_dtype
 from k2ssl.nn.schedule import Clock, Schedule
 
 _SLOPE = 0.08
@@ -113,9 +114,7 @@ def swoosh_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Swoosh, m
         activation: computed in float32 under autocast.
         mask: (N, 1, in_dim) factors of dropout; None for 1.
     """
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-    return _SwooshDropoutLinear.apply(x, weight, bias, mask, activation, dtype)
+    return _SwooshDropoutLinear.apply(x, weight, bias, mask, activation, product_dtype(x))
 
 
 class _SwooshDropoutLinear(torch.autograd.Function):
@@ -148,7 +147,7 @@ class _SwooshDropoutLinear(torch.autograd.Function):
 def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
     """activation(x) * mask in `dtype`, frames in rows whatever the strides of `x`: `F.linear` would copy its weights per utterance."""
     if fuses() and _kernels is None:
-        return _activate_chain(x, mask, activation.name, dtype).contiguous()
+        return _activate_chain(x, mask, activation.name, dtype)
     hidden = x.new_empty(x.shape, dtype=dtype)
     for part in _parts(x):
         values = activation.value(_at_least_float32(x[part]))
@@ -173,7 +172,7 @@ def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: 
 def _activate_chain(x: Tensor, mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
     """`_activate` at once; by the activation's name, since a compiled function takes its constants for arguments otherwise."""
     values = _BY_NAME[name](_at_least_float32(x))
-    return (values if mask is None else values * mask).to(dtype)
+    return (values if mask is None else values * mask).to(dtype).contiguous()
 
 
 @fusible

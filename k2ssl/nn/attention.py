@@ -16,6 +16,7 @@ from k2ssl.nn.balancer import Balancer
 from k2ssl.nn.fusion import fusible
 from k2ssl.nn.initial import scale_initial
 from k2ssl.nn.keep_in_graph import keep_in_graph
+from k2ssl.nn.precision import product_dtype
 from k2ssl.nn.schedule import Clock, Schedule
 from k2ssl.nn.whiten import Whiten
 
@@ -131,9 +132,7 @@ def score_softmax(content: Tensor, positional: Tensor | None = None, padding_mas
         padding_mask: (N, T) bool, True at keys that get the weight 0.
         penalise: add a constant gradient that pulls back sums whose size exceeds 25. Only then the scores are kept for the backward pass.
     """
-    device_type = content.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else content.dtype
-    return _ScoreSoftmax.apply(content, positional, padding_mask, penalise, dtype)
+    return _ScoreSoftmax.apply(content, positional, padding_mask, penalise, product_dtype(content))
 
 
 def _attend(values: Tensor, weights: Tensor, num_heads: int) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from k2ssl.nn.precision import product_dtype
+
 
 class DepthwiseConvolution(nn.Conv1d):
     """Convolution over time of every channel apart, as many frames out as in; channels last.
@@ -60,8 +62,7 @@ class DepthwiseConvolution2d(nn.Conv2d):
         assert self.bias is not None
         if x.device.type != "cpu":
             return self._conv_forward(x.permute(0, 3, 1, 2), as_matrix(self.weight), self.bias).permute(0, 2, 3, 1)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return _CpuDepthwise2d.apply(x.to(dtype), as_matrix(self.weight), self.bias)
+        return _CpuDepthwise2d.apply(x.to(product_dtype(x)), as_matrix(self.weight), self.bias)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

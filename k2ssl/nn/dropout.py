@@ -52,5 +52,5 @@ def keep_mask(shape: tuple[int, ...], drop_rate: float, clock: Clock, like: Tens
 
 
 def drop_sequences(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`x` (N, T, C) times a per-sequence keep mask (N, 1, 1), in the dtype of `x`; None keeps all."""
-    return x if mask is None else x * mask.to(x.dtype)
+    """`x` (N, T, C) times a per-sequence keep mask (N, 1, 1); None keeps all."""
+    return x if mask is None else x * mask

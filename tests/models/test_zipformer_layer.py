@@ -73,6 +73,21 @@ def test_training_multiplies_each_part_by_its_own_sequence_mask(uniform: bool, m
     assert torch.equal(y[2], start[2])
 
 
+def test_under_autocast_masks_have_the_dtype_of_what_they_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[tuple[torch.dtype, torch.dtype]] = []
+    drop = zipformer_layer.drop_sequences
+
+    def watched(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        dtypes.append((x.dtype, mask.dtype))
+        return drop(x, mask)
+
+    monkeypatch.setattr(zipformer_layer, "drop_sequences", watched)
+    layer = ZipformerLayer(SIZES, Schedule((0, 0.5)), dropout=0.1, clock=ScriptedClock())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(2, 4, 12), relative_positions(4, 6, torch.device("cpu")))
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 7 and y.dtype == torch.float32
+
+
 def test_every_random_decision_is_asked_with_its_scheduled_probability() -> None:
     clock = ScriptedClock()
     layer = ZipformerLayer(SIZES, Schedule((0, 0.5)), dropout=0.1, clock=clock)
