@@ -210,12 +210,12 @@ class AsrModel(SpeechEncoder):
     def _hides_frames(self) -> bool:
         return self.masking.probability > 0
 
-    def _features(self, audio: Tensor, audio_lens: Tensor | None) -> Tensor:
+    def _features(self, audio: Tensor, audio_lens: Tensor | None, mask: Tensor | None) -> Tensor:
         frozen = self.training and self._steps_done() < self.config.freeze_frontend_steps
         if not (frozen and torch.is_grad_enabled()):
-            return super()._features(audio, audio_lens)
+            return super()._features(audio, audio_lens, mask)
         with torch.no_grad():
-            features = super()._features(audio, audio_lens)
+            features = super()._features(audio, audio_lens, mask)
         return keep_in_graph(features, self.frozen_parameters())
 
     def _draw_what_is_hidden(self, batch: AsrBatch) -> Tensor | None:

@@ -101,7 +101,8 @@ class WaveformFrontend(Frontend):
         self.fast = True
         self._freeze_if_unscaled()
 
-    def _frames(self, audio: Tensor, audio_lens: Tensor | None) -> Tensor:
+    def _frames(self, audio: Tensor, audio_lens: Tensor | None, hidden: Tensor | None) -> Tensor:
+        # a frame never sees more than its window, so there is nothing to keep from the others
         x = normalize_audio(audio, audio_lens) if self.normalizes_audio else audio
         if self.fast and len(self.layers) > 1 and not audio.requires_grad:
             return frames_from_rows(cast(Sequence[ConvLayer], self.layers), x, audio_lens, self.num_frames(audio.shape[1]))

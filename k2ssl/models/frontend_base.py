@@ -77,12 +77,15 @@ class Frontend(nn.Module, ABC):
                 raise ValueError(f"utterance {position} has audio_lens {samples}, at most {width} (the width of audio) is allowed")
         return lens
 
-    def forward(self, audio: Tensor, audio_lens: Tensor | None = None) -> Tensor:
+    def forward(self, audio: Tensor, audio_lens: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """Frames of a batch.
 
         Args:
             audio: (N, S) waveforms at `sample_rate`, of any floating dtype.
             audio_lens: (N,) int64 on the CPU, or None if nothing is padded (which is faster).
+            hidden: (N, T) bool, True at frames that are to be masked afterwards: the other frames then know no more of the audio than
+                their own windows hold (and statistics of the whole utterance, where a frontend normalises by these). What comes out at
+                hidden frames themselves is unspecified.
 
         Returns:
             (N, T, C) with T = `num_frames(S)`; frames beyond an utterance's own `num_frames` hold unspecified finite values.
@@ -93,11 +96,11 @@ class Frontend(nn.Module, ABC):
         if min(self.check_lens(audio, audio_lens)) == audio.size(1):
             audio_lens = None
         with torch.no_grad() if self.gradient_scale == 0 else nullcontext():
-            frames = self._frames(audio, audio_lens)
+            frames = self._frames(audio, audio_lens, hidden)
         return scale_gradient(frames, self.gradient_scale) if self.gradient_scale else frames
 
     @abstractmethod
-    def _frames(self, audio: Tensor, audio_lens: Tensor | None) -> Tensor:
+    def _frames(self, audio: Tensor, audio_lens: Tensor | None, hidden: Tensor | None) -> Tensor:
         """`forward` for checked arguments; `audio_lens` is None whenever nothing is padded."""
 
     def _freeze_if_unscaled(self) -> None:

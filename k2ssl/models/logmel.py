@@ -80,9 +80,11 @@ class LogMelConfig:
 class LogMelFrontend(Frontend):
     """Filterbank, three 3 x 3 convolutions, a residual block, and a linear layer over the remaining channels and bands.
 
-    `receptive_field` is the window that a frame is centred on; the convolutions let a frame also see its neighbours. Padded frames are
-    set to zero before every operation that mixes frames, which is what an utterance on its own finds beyond its ends. Frames are not
-    normalised at the end.
+    `receptive_field` is the window that a frame is centred on; the convolutions let a frame also see its neighbours, 0.1 s to both
+    sides. A span of ten masked frames would lie open to the visible frames around it, and the prediction of its codes would be
+    copying: features of `hidden` frames are set to zero before the convolutions (VietASR, arXiv 2505.21527, masks before them as well).
+    Padded frames are set to zero before every operation that mixes frames, which is what an utterance on its own finds beyond its
+    ends. Frames are not normalised at the end.
     """
 
     def __init__(self, config: LogMelConfig) -> None:
@@ -101,8 +103,10 @@ class LogMelFrontend(Frontend):
         self.apply(_initialise)
         self._freeze_if_unscaled()
 
-    def _frames(self, audio: Tensor, audio_lens: Tensor | None) -> Tensor:
+    def _frames(self, audio: Tensor, audio_lens: Tensor | None, hidden: Tensor | None) -> Tensor:
         x = (self.mel(audio) - self.mel_mean) / self.mel_std
+        if hidden is not None:
+            x = x.masked_fill(_hidden_features(hidden, x.size(1)).unsqueeze(2), 0)
         x = x.to(self.out.weight.dtype).unsqueeze(3)  # (N, T at 100 Hz, bands, 1), channels last from here on
         fine, coarse = self._padding_masks(audio, audio_lens)
         x = swoosh_r(_convolve(self.conv1, _zero_padding(x, fine)))
@@ -142,6 +146,16 @@ class _ResidualBlock(nn.Module):
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """(N, T, bands, C) -> the same with other sizes, by a convolution whose channels come last in memory."""
     return F.conv2d(x.permute(0, 3, 1, 2), as_matrix(conv.weight), conv.bias, conv.stride, conv.padding).permute(0, 2, 3, 1)
+
+
+def _hidden_features(hidden: Tensor, width: int) -> Tensor:
+    """(N, T) hidden frames -> (N, width) hidden features, of which there are two per frame and perhaps one less in all.
+
+    The first of a frame has its very window; the second lies between this window and the next and is hidden with either.
+    """
+    between = hidden.clone()
+    between[:, :-1] |= hidden[:, 1:]
+    return torch.stack([hidden, between], 2).flatten(1)[:, :width]
 
 
 def _initialise(module: nn.Module) -> None:

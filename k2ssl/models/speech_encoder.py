@@ -85,7 +85,7 @@ class SpeechEncoder(nn.Module):
                 f"{type(self).__name__}: mask has shape {tuple(mask.shape)} and type {mask.dtype}, "
                 f"allowed is {(len(lens), num_frames)} and torch.bool"
             )
-        features = self._features(audio, audio_lens)
+        features = self._features(audio, audio_lens, mask)
         padding_mask = None
         if audio_lens is not None and self.frontend.num_frames(min(lens)) < num_frames:
             padding_mask = padding_mask_from_lens(self.frontend.num_frames(audio_lens), num_frames, features.device)
@@ -109,9 +109,9 @@ class SpeechEncoder(nn.Module):
             self.clock.generator(audio.device),
         )
 
-    def _features(self, audio: Tensor, audio_lens: Tensor | None) -> Tensor:
+    def _features(self, audio: Tensor, audio_lens: Tensor | None, mask: Tensor | None) -> Tensor:
         """(N, T, C) of the frontend."""
-        features: Tensor = self.frontend(audio, audio_lens)
+        features: Tensor = self.frontend(audio, audio_lens, mask)
         return features
 
     def _mask_channels(self, x: Tensor) -> Tensor:

@@ -104,6 +104,56 @@ def test_noise_in_the_padding_changes_no_valid_frame(name: str) -> None:
     torch.testing.assert_close(dirty[0, :num_frames], clean[0, :num_frames], rtol=0, atol=1e-6)
 
 
+_HIDDEN = {"at the ends": [0, 1, 2, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 25, 26], "inside": [5, 6, 7, 8, 10, 11, 12]}  # of 27 frames
+
+
+def _hide(frames: list[int]) -> Tensor:
+    hidden = torch.zeros(1, 27, dtype=torch.bool)
+    hidden[0, frames] = True
+    return hidden
+
+
+@pytest.mark.parametrize(
+    "config", [WaveformConfig(channels=16, norm="layer", normalize_audio=False), SMALL["logmel"]], ids=["layer", "logmel"]
+)
+@pytest.mark.parametrize("more", [0, 160])  # as many features as frames ask for, and one more
+@pytest.mark.parametrize("spans", _HIDDEN)
+def test_visible_frames_know_no_more_of_hidden_ones_than_their_own_windows_hold(
+    config: WaveformConfig | LogMelConfig, more: int, spans: str
+) -> None:
+    torch.manual_seed(0)
+    frontend, hidden, audio = build_frontend(config).eval(), _hide(_HIDDEN[spans]), _audio(400 + 320 * 26 + more)
+    known = torch.zeros_like(audio, dtype=torch.bool)
+    for frame in (~hidden[0]).nonzero().flatten().tolist():
+        known[0, 320 * frame : 320 * frame + 400 + (more if frame == 26 else 0)] = True
+    other = torch.where(known, audio, torch.randn(audio.shape, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        frames, others = frontend(audio, None, hidden), frontend(other, None, hidden)
+        torch.testing.assert_close(others[~hidden], frames[~hidden], rtol=0, atol=1e-6)
+        if isinstance(config, LogMelConfig):  # which without being told shows what is hidden
+            assert (frontend(other) - frontend(audio))[~hidden].abs().amax() > 0.03
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_where_nothing_is_hidden_frames_are_the_same(name: str) -> None:
+    frontend, audio, lens = _frontend(name), _audio(5000, 3000), torch.tensor([5000, 3000])
+    hidden = torch.zeros(2, frontend.num_frames(5000), dtype=torch.bool)
+    assert torch.equal(frontend(audio, lens, hidden), frontend(audio, lens))
+
+
+@pytest.mark.parametrize("spans", _HIDDEN)
+def test_features_between_two_visible_frames_stay_visible(spans: str) -> None:
+    frontend, hidden = _frontend("logmel"), _hide(_HIDDEN[spans])
+    audio = _audio(400 + 320 * 26).requires_grad_()
+    frontend(audio, None, hidden)[~hidden].square().sum().backward()
+    expected = torch.zeros(400 + 320 * 26, dtype=torch.bool)
+    for feature in range(2 * 27 - 1):  # every second one lies between two frames
+        if not hidden[0, feature // 2] and not hidden[0, (feature + 1) // 2]:
+            expected[160 * feature : 160 * feature + 400] = True
+    assert audio.grad is not None
+    assert torch.equal(audio.grad[0] != 0, expected)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_of_a_padded_batch_are_the_sum_over_its_utterances(name: str) -> None:
     frontend = _frontend(name).double()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2ssl.models.asr import AsrConfig, AsrModel
+from k2ssl.models.frontend import LogMelConfig
+from k2ssl.models.hubert import HubertConfig, HubertModel
 from k2ssl.models.masking import MaskingConfig, draw_span_mask, most_hidden, select_true
+from k2ssl.models.speech_encoder import SpeechEncoder
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -92,3 +98,33 @@ def test_select_true_lists_the_true_positions_in_order(flags: list[bool], extra:
 def test_impossible_masking_is_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"MaskingConfig: {field} is {value}"):
         MaskingConfig(**{field: value})
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["hubert", "asr"])
+def test_an_encoder_on_log_mel_features_learns_nothing_of_what_is_hidden(kind: str, frozen: bool) -> None:
+    """Convolutions of that frontend reach five frames to both sides, so that spans of ten lie open unless they are hidden before it."""
+    model = _on_log_mel(kind, frozen)
+    audio = 0.1 * torch.randn(1, 400 + 320 * 59, generator=_generator(0))
+    mask = torch.zeros(1, 60, dtype=torch.bool)
+    mask[0, 20:30] = True
+    other = audio.clone()
+    other[0, 320 * 19 + 400 : 320 * 30] = 0.1 * torch.randn(320 * 11 - 400, generator=_generator(1))
+    frames = []
+    for heard in (audio, other):
+        model.clock.seed(0)
+        frames.append(model.encode(heard, mask=mask).output.frames)
+    torch.testing.assert_close(frames[0], frames[1], rtol=0, atol=1e-5)
+    model.eval()
+    assert (model.encode(audio).output.frames - model.encode(other).output.frames).abs().amax() > 0.01
+
+
+def _on_log_mel(kind: str, frozen: bool) -> SpeechEncoder:
+    torch.manual_seed(0)
+    tiny = HubertConfig.tiny()
+    frontend = LogMelConfig(channels=(2, 4, 8), output_dim=16)
+    if kind == "hubert":
+        return HubertModel(dataclasses.replace(tiny, frontend=dataclasses.replace(frontend, gradient_scale=0.0 if frozen else 1.0)))
+    model = AsrModel(AsrConfig(vocab_size=5, heads="ctc", frontend=frontend, encoder=tiny.encoder, freeze_frontend_steps=int(frozen)))
+    model.step = 0
+    return model
