@@ -12,8 +12,8 @@
 train_minutes=40  # of speech to train on
 dev_minutes=2  # of speech to choose by
 test_minutes=4  # of speech to measure with
-pretrain1_steps=300  # updates of 20 s, on labels of MFCC
-pretrain2_steps=500  # the same on labels of the first model
+pretrain1_steps=800  # updates of 20 s, on labels of MFCC
+pretrain2_steps=1000  # the same on labels of the first model
 finetune_steps=800  # updates of 10 s
 averaged=200  # last updates over which weights are averaged
 scratch=True  # False: only the systems that are pre-trained
@@ -43,6 +43,6 @@ if [ "$stop_stage" -ge 1 ]; then
         --pretrain2-conf "$recipe/conf/iteration2.toml" --pretrain2-steps "$pretrain2_steps" --pretrain-averaged "$averaged" \
         --ctc-conf "$recipe/conf/finetune/ctc.toml" --ctc-steps "$finetune_steps" \
         --transducer-conf "$recipe/conf/finetune/transducer.toml" --transducer-steps "$finetune_steps" --finetune-averaged "$averaged" \
-        --kmeans-batches 12 --layer-clusters 100 --label-layer layer3 --init-weights average --init-batch-count 0 --vocab-size 30 \
+        --kmeans-batches 12 --layer-clusters 100 --label-layer layer3 --init-weights average --init-batch-count 20000 --vocab-size 30 \
         --scratch "$scratch" --seed "$seed" --num-workers "$num_workers" --device "$device" --quiet "$quiet"
 fi
