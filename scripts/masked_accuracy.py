@@ -21,6 +21,8 @@ from lhotse.cut import Cut
 from torch import Tensor
 from tqdm import tqdm
 
+from k2ssl.bin.pretrain_data import check_store
+from k2ssl.data.audio import read_utterance
 from k2ssl.data.cuts import read_cuts
 from k2ssl.data.labels import LabelStore
 from k2ssl.models.hubert import HubertModel, labels_of_frames
@@ -37,7 +39,8 @@ def right_by_distance(model: HubertModel, cuts: Iterable[Cut], labels: LabelStor
     """Codes of the first label set that are predicted, and all that are hidden: (farthest,) each, at distances from 1; the last has all beyond."""
     right, hidden = torch.zeros(2, farthest + 1, dtype=torch.int64)
     for number, cut in enumerate(cuts):
-        audio = torch.from_numpy(cut.load_audio())
+        at_rate = cut if cut.sampling_rate == model.frontend.sample_rate else cut.resample(model.frontend.sample_rate)
+        audio = torch.from_numpy(read_utterance(at_rate, normalize=False)).unsqueeze(0)
         num_frames = model.frontend.num_frames(audio.shape[1])
         ratio = model.label_rate[0] / model.frontend.frame_rate
         codes = labels_of_frames(torch.from_numpy(labels.labels(cut.id).astype("int64")).unsqueeze(0), num_frames, ratio)[0]
@@ -67,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = load_model(args.model)
         cuts, labels = list(read_cuts(args.cuts)), LabelStore.open(args.labels)
+        check_store(model, 0, cuts, labels, max_unused_share=1.0, require_lineage=False)
+        cuts = [cut for cut in cuts if cut.id in labels]  # the others were listed as skipped when the labels were made
         right, hidden = right_by_distance(model.eval(), tqdm(cuts, unit="cut"), labels, args.draws, args.farthest)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

@@ -110,7 +110,7 @@ class OpenedData:
             for label_set, union in enumerate(unions):
                 for manifest, store in zip(cuts, union.stores, strict=True):
                     checked = union.without_conflicts(islice(manifest, most))
-                    lines += _check_store(model, label_set, checked, store)
+                    lines += check_store(model, label_set, checked, store)
         return lines
 
     def train_loader(self, plan: BatchPlan, sample_rate: int, seed: int, device: torch.device) -> BatchLoader[PretrainBatch]:
@@ -146,7 +146,12 @@ class OpenedData:
         )
 
 
-def _check_store(model: HubertModel, label_set: int, cuts: Iterable[Cut], store: LabelStore) -> list[str]:
+def check_store(model: HubertModel, label_set: int, cuts: Iterable[Cut], store: LabelStore, **limits: Any) -> list[str]:
+    """Hold a store against the head of a label set and against cuts; `limits` as in `check_labels_fit`. What was found, one line each.
+
+    Raises:
+        ValueError: labels that do not fit; names both sides of each mismatch.
+    """
     from k2ssl.data.label_contract import check_labels_fit
 
     report = check_labels_fit(
@@ -157,6 +162,7 @@ def _check_store(model: HubertModel, label_set: int, cuts: Iterable[Cut], store:
         num_frames=model.frontend.num_frames,
         cuts=cuts,
         label_rate=model.label_rate[label_set],
+        **limits,
     )
     return report.text().splitlines()
 

@@ -90,7 +90,7 @@ def test_a_model_for_recognition_and_labels_of_other_cuts_are_refused(
         writer.write("c", np.zeros(FRAMES, dtype=int))
     merge_shards(tmp_path / "others")
     assert script.main([*files[:4], "--labels", str(tmp_path / "others")]) == 1
-    assert "none for cut 'a'" in capsys.readouterr().err
+    assert "2 of 2 cuts of the cut list have no labels" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script.main([*files, "--draws", "0"])
     assert "--draws is 0" in capsys.readouterr().err
