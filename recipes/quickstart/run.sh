@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quickstart: from nothing to a table of word error rates in 12 minutes on two CPU cores, without a download of audio.
+# Quickstart: from nothing to a table of word error rates in 15 minutes on two CPU cores, without a download of audio.
 #
 #   bash recipes/quickstart/run.sh
 #
