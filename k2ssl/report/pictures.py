@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # slow to import
 
 # What is drawn of each program: the key in metrics.jsonl, what it is called, and a factor.
 _PANELS = {
-    "pretrain": (("loss", "loss per masked frame, nats", 1.0), ("accuracy_masked", "accuracy of masked frames, %", 100.0)),
+    "pretrain": (("loss_masked", "loss per masked frame, nats", 1.0), ("accuracy_masked", "accuracy of masked frames, %", 100.0)),
     "finetune": (("loss", "loss per token, nats", 1.0), ("wer", "validation WER, %", 100.0)),
 }
 _PANEL_INCHES = (5.2, 3.4)
