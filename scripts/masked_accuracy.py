@@ -35,12 +35,14 @@ def distances(mask: Tensor) -> Tensor:
     return (torch.arange(len(mask)).unsqueeze(1) - visible).abs().amin(dim=1)
 
 
-def right_by_distance(model: HubertModel, cuts: Iterable[Cut], labels: LabelStore, draws: int, farthest: int) -> tuple[Tensor, Tensor]:
+def right_by_distance(
+    model: HubertModel, cuts: Iterable[Cut], labels: LabelStore, draws: int, farthest: int, normalize: bool
+) -> tuple[Tensor, Tensor]:
     """Codes of the first label set that are predicted, and all that are hidden: (farthest,) each, at distances from 1; the last has all beyond."""
     right, hidden = torch.zeros(2, farthest + 1, dtype=torch.int64)
     for number, cut in enumerate(cuts):
         at_rate = cut if cut.sampling_rate == model.frontend.sample_rate else cut.resample(model.frontend.sample_rate)
-        audio = torch.from_numpy(read_utterance(at_rate, normalize=False)).unsqueeze(0)
+        audio = torch.from_numpy(read_utterance(at_rate, normalize)).unsqueeze(0)
         num_frames = model.frontend.num_frames(audio.shape[1])
         ratio = model.label_rate[0] / model.frontend.frame_rate
         codes = labels_of_frames(torch.from_numpy(labels.labels(cut.id).astype("int64")).unsqueeze(0), num_frames, ratio)[0]
@@ -63,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--labels", type=Path, required=True, help="folder of its labels")
     parser.add_argument("--draws", type=int, default=4, help="masks for every utterance")
     parser.add_argument("--farthest", type=int, default=8, help="frames; what is farther counts with these")
+    parser.add_argument(
+        "--normalize",
+        action="store_true",
+        help="bring every utterance to zero mean and unit variance, as in a pre-training with --data.normalize True",
+    )
     args = parser.parse_args(argv)
     for name in ("draws", "farthest"):
         if getattr(args, name) < 1:
@@ -71,11 +78,14 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(args.model)
         cuts, labels = list(read_cuts(args.cuts)), LabelStore.open(args.labels)
         check_store(model, 0, cuts, labels, max_unused_share=1.0, require_lineage=False)
-        cuts = [cut for cut in cuts if cut.id in labels]  # the others were listed as skipped when the labels were made
-        right, hidden = right_by_distance(model.eval(), tqdm(cuts, unit="cut"), labels, args.draws, args.farthest)
+        # the others were listed as skipped when the labels were made, or are so short that nothing is left to see
+        used = [cut for cut in cuts if cut.id in labels and cut.duration >= 0.1]
+        right, hidden = right_by_distance(model.eval(), tqdm(used, unit="cut"), labels, args.draws, args.farthest, args.normalize)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    if len(used) < len(cuts):
+        print(f"{len(cuts) - len(used)} of {len(cuts)} utterances left out: no labels, or shorter than 0.1 s", file=sys.stderr)
     by_distance = [round(r / n, 4) if n else None for r, n in zip(right.tolist(), hidden.tolist(), strict=True)]
     record = {"model": str(args.model), "accuracy": round(int(right.sum()) / max(1, int(hidden.sum())), 4), "hidden": int(hidden.sum())}
     print(json.dumps({**record, "by_distance": by_distance, "frames": hidden.tolist()}))
