@@ -114,7 +114,7 @@ class SpecAugment:
         frontend.mel.register_forward_hook(hide)
 
 
-def _audio_and_lens(audio: Tensor, audio_lens: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def _audio_and_lens(audio: Tensor, audio_lens: Tensor | None = None, hidden: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     return audio, audio_lens
 
 

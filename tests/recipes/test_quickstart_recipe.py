@@ -17,7 +17,7 @@ from k2ssl.report.card import read_card
 SCRIPT = Path(__file__).parents[2] / "recipes" / "quickstart" / "run.sh"
 SMALL = {
     "train-minutes": "2",
-    "dev-minutes": "0.3",
+    "dev-minutes": "0.6",
     "test-minutes": "0.3",
     "pretrain1-steps": "20",
     "pretrain2-steps": "20",
