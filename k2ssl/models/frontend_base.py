@@ -91,10 +91,12 @@ class Frontend(nn.Module, ABC):
             (N, T, C) with T = `num_frames(S)`; frames beyond an utterance's own `num_frames` hold unspecified finite values.
 
         Raises:
-            ValueError: see `check_lens`.
+            ValueError: see `check_lens` and `check_mask`.
         """
         if min(self.check_lens(audio, audio_lens)) == audio.size(1):
             audio_lens = None
+        if hidden is not None:
+            check_mask(f"{type(self).__name__}: hidden", hidden, len(audio), self.num_frames(audio.size(1)))
         with torch.no_grad() if self.gradient_scale == 0 else nullcontext():
             frames = self._frames(audio, audio_lens, hidden)
         return scale_gradient(frames, self.gradient_scale) if self.gradient_scale else frames
@@ -107,6 +109,14 @@ class Frontend(nn.Module, ABC):
         """Called at the end of a concrete frontend's construction."""
         if self.gradient_scale == 0:
             self.requires_grad_(False)
+
+
+def check_mask(name: str, mask: Tensor, num_utterances: int, num_frames: int) -> None:
+    """ValueError unless `mask`, called `name`, is (num_utterances, num_frames) bool."""
+    if mask.shape != (num_utterances, num_frames) or mask.dtype != torch.bool:
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)} and type {mask.dtype}, allowed is {(num_utterances, num_frames)} and torch.bool"
+        )
 
 
 def check_gradient_scale(owner: str, gradient_scale: float) -> None:

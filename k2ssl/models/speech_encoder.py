@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from k2ssl.batch import padding_mask_from_lens
 from k2ssl.models.encoder_output import EncoderOutput
 from k2ssl.models.frontend import FrontendConfig, build_frontend
+from k2ssl.models.frontend_base import check_mask
 from k2ssl.models.masking import MaskingConfig, draw_span_mask
 from k2ssl.models.transformer import TransformerConfig, TransformerEncoder
 from k2ssl.models.zipformer import Zipformer, ZipformerConfig
@@ -80,11 +81,8 @@ class SpeechEncoder(nn.Module):
         """
         lens = self.frontend.check_lens(audio, audio_lens)
         num_frames = self.frontend.num_frames(audio.shape[1])
-        if mask is not None and (mask.shape != (len(lens), num_frames) or mask.dtype != torch.bool):
-            raise ValueError(
-                f"{type(self).__name__}: mask has shape {tuple(mask.shape)} and type {mask.dtype}, "
-                f"allowed is {(len(lens), num_frames)} and torch.bool"
-            )
+        if mask is not None:
+            check_mask(f"{type(self).__name__}: mask", mask, len(lens), num_frames)
         features = self._features(audio, audio_lens, mask)
         padding_mask = None
         if audio_lens is not None and self.frontend.num_frames(min(lens)) < num_frames:

@@ -141,6 +141,14 @@ def test_where_nothing_is_hidden_frames_are_the_same(name: str) -> None:
     assert torch.equal(frontend(audio, lens, hidden), frontend(audio, lens))
 
 
+@pytest.mark.parametrize("name", ["group", "logmel"])
+@pytest.mark.parametrize("hidden", [torch.zeros(2, 3, dtype=torch.bool), torch.zeros(1, 15, dtype=torch.bool), torch.zeros(2, 15)])
+def test_a_mask_of_another_shape_or_type_is_refused(name: str, hidden: Tensor) -> None:
+    message = rf"hidden has shape {tuple(hidden.shape)} and type {hidden.dtype}, allowed is (2, 15) and torch.bool"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _frontend(name)(_audio(5000, 5000), None, hidden)
+
+
 @pytest.mark.parametrize("spans", _HIDDEN)
 def test_features_between_two_visible_frames_stay_visible(spans: str) -> None:
     frontend, hidden = _frontend("logmel"), _hide(_HIDDEN[spans])
