@@ -1,0 +1,134 @@
+"""Run by tests/test_other_device.py in a process of its own: what the device of apart.py refuses, and training steps there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import apart
+import pytest
+import torch
+from torch import Tensor, nn
+
+from k2ssl.batch import AsrBatch, PretrainBatch, padding_mask_from_lens
+from k2ssl.models.asr import AsrConfig, AsrModel
+from k2ssl.models.hubert import HubertConfig, HubertModel
+from k2ssl.models.logmel import LogMelConfig
+from k2ssl.nn import schedule
+from k2ssl.optim.build import OptimConfig, build_optimizer
+from k2ssl.train.guard import Guard, GuardConfig
+from k2ssl.train.metrics import MetricSums
+from k2ssl.train.update import Moment, Update
+
+LENS = torch.tensor([24000, 16000, 9000])
+LOGMEL = LogMelConfig(channels=(2, 4, 8), output_dim=16)
+PRETRAINING = {"waveform": HubertConfig.tiny(), "log-mel": replace(HubertConfig.tiny(), frontend=LOGMEL)}
+
+
+def test_what_a_gpu_refuses_is_refused_and_what_it_waits_for_is_counted() -> None:
+    there, here = torch.ones(3, device=apart.DEVICE), torch.ones(3)
+    for wrong in (
+        lambda: there + here,
+        lambda: torch.where(here > 0, there, 0.0),
+        lambda: there.masked_fill_(here > 0, 1.0),
+        lambda: torch.rand(3, generator=torch.Generator(), device=apart.DEVICE),
+        lambda: nn.Linear(3, 2)(there),
+    ):
+        with pytest.raises(RuntimeError, match=r"(on|for) the CPU"):
+            wrong()
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    apart.waits.clear()
+    for waiting in (there.sum().item, there.cpu, there.tolist, lambda: there[there > 0], lambda: there[[0, 2]], lambda: bool(there[0] > 0)):
+        waiting()
+    assert sum(apart.waits.values()) == len(apart.waits) + 1 == 6  # two of them read a number
+
+
+def test_values_gradients_views_and_draws_are_those_of_the_cpu() -> None:
+    def computed(device: torch.device) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(3)
+        x = torch.rand(4, 6, generator=generator, device=device).requires_grad_()
+        loss = (x.softmax(1)[1:].T @ torch.arange(3.0, device=device)).square().sum()
+        loss.backward()
+        view = x.detach()[:, ::2]
+        view += 1.0
+        assert x.grad is not None and x.grad.device == x.device == device
+        return [x.detach().cpu(), x.grad.cpu(), loss.detach().cpu()]
+
+    assert all(torch.equal(one, two) for one, two in zip(computed(torch.device("cpu")), computed(apart.DEVICE), strict=True))
+
+
+def test_autocast_follows_the_rules_of_cuda() -> None:
+    x = torch.ones(2, 2, device=apart.DEVICE)
+    with torch.autocast(apart.NAME, torch.bfloat16):
+        product = x @ x
+        types = [value.dtype for value in (product, product + product, product.softmax(1), product.exp(), product.sum(), product * x)]
+    assert types == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32, torch.float32]
+
+
+def _pretraining_batch(model: HubertModel, lens: Tensor) -> PretrainBatch:
+    """Noise and labels for all frames."""
+    frames = model.frontend.num_frames(lens)
+    labels = torch.randint(16, (3, int(frames.max()))).masked_fill(padding_mask_from_lens(frames, int(frames.max()), lens.device), -1)
+    return PretrainBatch(torch.randn(3, int(lens.max())), (labels,), lens if len(set(lens.tolist())) > 1 else None)
+
+
+def _model_and_batch(case: str) -> tuple[Any, Any]:
+    torch.manual_seed(1)
+    name, _, more = case.partition(", ")
+    if name in PRETRAINING:
+        model = HubertModel(PRETRAINING[name])
+        model.encoder.recompute_layers = more == "recomputing"
+        return model, _pretraining_batch(model, torch.full((3,), 24000) if more == "unpadded" else LENS)
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 0], [2, 0, 0]])
+    audio = torch.randn(3, int(LENS.max()))
+    batch = AsrBatch(audio, LENS, ("",) * 3, ("a", "b", "c"), tokens, torch.tensor([3, 2, 1]))
+    return AsrModel(replace(AsrConfig.tiny(6, "both"), ctc_scale=1.0)), batch
+
+
+def _losses(case: str, device: torch.device, dtype: torch.dtype) -> list[float]:
+    """Losses per target of four updates of two micro-batches, in the last of which ScaledAdam updates the sizes of tensors."""
+    model, batch = _model_and_batch(case)
+    model = model.to(device).train()
+    update = Update(model, build_optimizer(OptimConfig(clipping_update_period=2), model), device, dtype)
+    guard, losses = Guard(GuardConfig(), None, device), []
+    for step in range(4):
+        apart.waits.clear()
+        update([batch, batch], Moment(0, step, 100.0 * step), guard)
+        assert not apart.waits, apart.waits
+        losses.append(update.metrics.reduce()["loss"])
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in update.params)
+    return losses
+
+
+@pytest.fixture(autouse=True)
+def _flags_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the flags of regularisers are copied to the host with an event, which has come by the time they are read."""
+    monkeypatch.setattr(
+        schedule, "_start_copy", lambda flags: (flags.raw.clone() if isinstance(flags, apart.Apart) else flags.clone(), None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in ("waveform", "waveform, unpadded", "waveform, recomputing", "log-mel", "both heads")),
+        *((case, torch.bfloat16) for case in ("waveform", "log-mel", "both heads")),
+    ],
+    ids=str,
+)
+def test_updates_wait_for_nothing_and_their_losses_are_those_of_the_cpu(case: str, dtype: torch.dtype) -> None:
+    here, there = (_losses(case, device, dtype) for device in (torch.device("cpu"), apart.DEVICE))
+    assert there == pytest.approx(here, rel=1e-3 if dtype == torch.float32 else 0.03)
+
+
+def test_a_value_that_is_read_in_an_update_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = MetricSums.add
+
+    def curious(sums: MetricSums, output: Any) -> None:
+        output.loss.item()
+        add(sums, output)
+
+    monkeypatch.setattr(MetricSums, "add", curious)
+    with pytest.raises(AssertionError, match=r"_local_scalar_dense in train/update.py"):
+        _losses("log-mel", apart.DEVICE, torch.float32)
