@@ -10,9 +10,11 @@ PyTorch calls what it rests on, devices written in Python, experimental: after a
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,10 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
+import k2ssl
+
 NAME = "apart"
+_PACKAGE = f"{Path(k2ssl.__file__).parent}{os.sep}"
 waits: Counter[str] = Counter()  # what the host waited for: operation and where it was asked for
 _INDEXING = {"index", "index_put", "index_put_"}
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_dim", "unique_consecutive"}
@@ -93,10 +98,8 @@ def _as_tensors(index: Any) -> Any:
 
 
 def _wait(what: str) -> None:
-    lines = [
-        f"{frame.filename.rpartition('/k2ssl/')[2]}:{frame.lineno}" for frame in traceback.extract_stack() if "/k2ssl/" in frame.filename
-    ]
-    waits[f"{what} in {lines[-1] if lines else 'no file of k2ssl'}"] += 1
+    ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(_PACKAGE)]
+    waits[f"{what} in {ours[-1].filename.removeprefix(_PACKAGE)}:{ours[-1].lineno}" if ours else what] += 1
 
 
 def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
