@@ -1,7 +1,7 @@
 """Prefix beam search over the output of a CTC head, alone or with a language model over the same tokens.
 
 A hypothesis is a token sequence, and its probability the sum over all its alignments whose beginnings stay in the beam. All utterances and all
-hypotheses advance together, frame by frame; without a language model nothing waits for the device before the end.
+hypotheses advance together, frame by frame; on a GPU nothing waits for the device before the end.
 
 Letters beside those of `k2ssl.batch`: B hypotheses in a beam, V vocabulary size, K tokens that a frame may add, H hypotheses returned.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,10 +19,8 @@ from torch import Tensor
 from k2ssl.decode.alignment import token_begins
 from k2ssl.decode.ctc import check_log_probs
 from k2ssl.decode.hypotheses import Hypothesis
+from k2ssl.decode.lm import TokenLm, waiting_is_free
 from k2ssl.decode.prefix_hash import hash_on
-
-if TYPE_CHECKING:
-    from k2ssl.decode.lm import TokenLm
 
 NEG_INF = float("-inf")
 
@@ -141,20 +138,26 @@ class _Fusion:
 
     def __init__(self, lm: TokenLm, scale: float, batch: int, beam: int, device: torch.device) -> None:
         self.lm, self.scale = lm, scale
+        self.skip_unchanged = waiting_is_free(device)
         self.state = lm.start(batch * beam, device)
         self.log_probs = lm.log_probs(self.state).unflatten(0, (batch, beam))
 
     def follow(self, step: _Step, blank: int) -> None:
-        """Asks the model about those hypotheses only that have grown; the device is waited for."""
+        """After a frame. On a CPU the model is asked about those hypotheses only that have grown, on a GPU about all."""
         batch, beam = step.parent.shape
         rows = (step.parent + beam * torch.arange(batch, device=step.parent.device).unsqueeze(1)).flatten()
         token = step.token.flatten()
         self.state, log_probs = self.state[rows], self.log_probs.flatten(0, 1)[rows]
-        grown = (token != blank).nonzero().squeeze(1)
-        if len(grown):
-            state = self.lm.advance(self.state[grown], token[grown])
-            self.state[grown] = state
-            log_probs[grown] = self.lm.log_probs(state)
+        grown = token != blank
+        if not self.skip_unchanged:
+            other = 1 if blank == 0 else 0  # the model never sees blank
+            state = self.lm.advance(self.state, token.where(grown, other))
+            self.state = torch.where(grown.view(-1, *[1] * (state.dim() - 1)), state, self.state)
+            log_probs = torch.where(grown.unsqueeze(1), self.lm.log_probs(state), log_probs)
+        elif len(at := grown.nonzero().squeeze(1)):
+            state = self.lm.advance(self.state[at], token[at])
+            self.state[at] = state
+            log_probs[at] = self.lm.log_probs(state)
         self.log_probs = log_probs.unflatten(0, (batch, beam))
 
     def of(self, tokens: Tensor) -> Tensor:

@@ -41,6 +41,12 @@ class TokenLm(Protocol):
         """(M,) natural logarithms of the probability that the sentence ends here."""
 
 
+def waiting_is_free(device: torch.device) -> bool:
+    """Whether a search asks about those hypotheses only that have a new token. A GPU would be waited for to know their number, and takes as
+    long for all of them."""
+    return device.type == "cpu"
+
+
 class NgramLm(nn.Module):
     """A back-off n-gram model as an automaton, batched and on the device of its hypotheses; it waits for the device nowhere.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from k2ssl.decode.biasing import ContextGraph
-from k2ssl.decode.lm import TokenLm
+from k2ssl.decode.lm import TokenLm, waiting_is_free
 
 
 class PredictorLike(Protocol):
@@ -109,7 +109,7 @@ class HistoryScorer:
         self.predictor, self.joiner, self.device = predictor, joiner, device
         self.lm, self.lm_scale, self.lm_final = fusion.lm, fusion.lm_scale, fusion.lm_final
         self.biasing = None if fusion.biasing is None else fusion.biasing.to(device)
-        self.skip_unchanged = _waiting_is_free(device)
+        self.skip_unchanged = waiting_is_free(device)
         self.vocab_size = 0
         if self.lm is not None or self.biasing is not None:
             self.vocab_size = self._ask_vocab_size()
@@ -197,11 +197,6 @@ class HistoryScorer:
             raise ValueError(f"a biasing phrase has token {max(self.biasing.tokens)}, allowed are 0..{self.vocab_size - 1} without blank")
         if self.predictor.blank in self.biasing.tokens:
             raise ValueError(f"a biasing phrase has token {self.predictor.blank}, which is blank")
-
-
-def _waiting_is_free(device: torch.device) -> bool:
-    """Whether to compute only the hypotheses that emitted a token. A GPU would have to wait for their number, and takes as long for all."""
-    return device.type == "cpu"
 
 
 def log_probs(logits: Tensor, blank: int, blank_penalty: float, temperature: float = 1.0) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from k2ssl.decode import ctc_beam
 from k2ssl.decode.ctc import greedy_search
 from k2ssl.decode.ctc_beam import prefix_beam_search
 
@@ -122,13 +123,13 @@ def test_with_a_language_model_the_exhaustive_sum_is_weighted_by_it(lm_final: bo
     assert {h.tokens: h.score for h in found} == pytest.approx(possible, abs=1e-12)
 
 
-@pytest.mark.parametrize("fusion", ["none", "token_score", "lm"])
+@pytest.mark.parametrize("fusion", ["none", "token_score", "lm", "lm as on a GPU"])
 @pytest.mark.parametrize(("beam", "vocab_size"), [(1, 5), (2, 5), (3, 20), (4, 4), (8, 30)])
-def test_a_narrow_beam_finds_what_the_plain_search_finds(beam: int, vocab_size: int, fusion: str) -> None:
+def test_a_narrow_beam_finds_what_the_plain_search_finds(beam: int, vocab_size: int, fusion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctc_beam, "waiting_is_free", lambda device: fusion != "lm as on a GPU")
     log_probs, lens = draw_log_probs(beam, 5, 30, vocab_size), torch.tensor([30, 0, 1, 17, 29])
-    options = {"none": {}, "token_score": {"token_score": 0.8}, "lm": {"lm": Bigram(vocab_size, 0), "lm_scale": 0.6, "token_score": 1.1}}[
-        fusion
-    ]
+    with_lm = {"lm": Bigram(vocab_size, 0), "lm_scale": 0.6, "token_score": 1.1}
+    options = {"none": {}, "token_score": {"token_score": 0.8}}.get(fusion, with_lm)
     found = prefix_beam_search(log_probs, lens, beam=beam, num_hypotheses=beam, **options)
     for n, hypotheses in enumerate(found):
         expected = plain_search(log_probs[n, : lens[n]], 0, beam, **options)

@@ -166,7 +166,7 @@ def test_frames_name_a_place_for_every_token_in_rising_order() -> None:
 @pytest.mark.parametrize("skip_unchanged", [True, False])
 @pytest.mark.parametrize("max_symbols", [1, 2, 5])
 def test_greedy_utterances_do_not_influence_each_other(monkeypatch, agreement, max_symbols: int, skip_unchanged: bool) -> None:
-    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: skip_unchanged)
+    monkeypatch.setattr(transducer_history, "waiting_is_free", lambda device: skip_unchanged)
     networks = golden_networks()
 
     def search(encoder_out: Tensor, lens: Tensor) -> list[list[Hypothesis]]:
@@ -178,7 +178,7 @@ def test_greedy_utterances_do_not_influence_each_other(monkeypatch, agreement, m
 
 @pytest.mark.parametrize("skip_unchanged", [True, False])
 def test_beams_of_utterances_do_not_influence_each_other(monkeypatch, agreement, skip_unchanged: bool) -> None:
-    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: skip_unchanged)
+    monkeypatch.setattr(transducer_history, "waiting_is_free", lambda device: skip_unchanged)
     networks = golden_networks()
     nearness = furthest_from_the_batch(lambda frames, lens: modified_beam_search(*networks, frames, lens, beam=5, num_hypotheses=5))
     agreement.note("transducer beam 5, score alone, reordered or padded, nats", nearness, 2e-5)

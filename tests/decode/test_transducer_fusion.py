@@ -125,7 +125,7 @@ def plain_search(
 def test_fused_search_equals_the_plain_one_in_tokens_and_scores(
     monkeypatch, beam: int, lm_scale: float, lm_final: bool, bias: float, blank: int, context_size: int, skip_unchanged: bool
 ) -> None:
-    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: skip_unchanged)
+    monkeypatch.setattr(transducer_history, "waiting_is_free", lambda device: skip_unchanged)
     networks, lm = random_networks(blank, context_size), TrigramLm(blank)
     graph = ContextGraph(PHRASES, bias) if bias else None
     found = modified_beam_search(
@@ -210,7 +210,7 @@ def test_biasing_turns_the_winner_and_a_phrase_broken_off_does_not() -> None:
 
 @pytest.mark.parametrize("skip_unchanged", [True, False])
 def test_fused_utterances_do_not_influence_each_other(monkeypatch, agreement, skip_unchanged: bool) -> None:
-    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: skip_unchanged)
+    monkeypatch.setattr(transducer_history, "waiting_is_free", lambda device: skip_unchanged)
     settings = {"num_hypotheses": 4, "lm": TrigramLm(0), "lm_scale": 0.5, "biasing": ContextGraph(PHRASES, 0.6), "lm_final": True}
     networks = random_networks()
     together = modified_beam_search(*networks, ENCODER_OUT, LENS, **settings)
@@ -236,7 +236,7 @@ def test_a_language_model_is_asked_only_after_a_token(monkeypatch) -> None:
 
 
 def test_a_search_on_a_gpu_would_not_wait_before_its_end(monkeypatch, no_questions) -> None:
-    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: False)
+    monkeypatch.setattr(transducer_history, "waiting_is_free", lambda device: False)
     networks, graph = random_networks(), ContextGraph(PHRASES, 0.6)
     with no_questions():
         found = modified_beam_search(*networks, ENCODER_OUT, LENS, lm=TrigramLm(0), lm_scale=0.5, biasing=graph, lm_final=True)

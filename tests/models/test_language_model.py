@@ -131,7 +131,7 @@ def test_dropout_draws_from_the_models_clock_alone() -> None:
 
 @pytest.mark.parametrize("skip_unchanged", [True, False])
 def test_the_transducer_beam_keeps_the_state_of_every_hypothesis(monkeypatch: pytest.MonkeyPatch, skip_unchanged: bool) -> None:
-    monkeypatch.setattr(transducer_history, "_waiting_is_free", lambda device: skip_unchanged)
+    monkeypatch.setattr(transducer_history, "waiting_is_free", lambda device: skip_unchanged)
     torch.manual_seed(3)
     predictor = Predictor(PredictorConfig(VOCAB, dim=8), Clock()).eval()
     joiner = Joiner(JoinerConfig(8, 8, VOCAB, dim=8)).eval()

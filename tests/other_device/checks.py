@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from k2ssl.batch import AsrBatch, PretrainBatch, padding_mask_from_lens
+from k2ssl.decode import ctc, transducer
+from k2ssl.decode.ctc_beam import prefix_beam_search
 from k2ssl.models.asr import AsrConfig, AsrModel
 from k2ssl.models.hubert import HubertConfig, HubertModel
+from k2ssl.models.language_model import LanguageModel, LanguageModelConfig
 from k2ssl.models.logmel import LogMelConfig
 from k2ssl.nn import schedule
 from k2ssl.optim.build import OptimConfig, build_optimizer
@@ -132,3 +135,25 @@ def test_a_value_that_is_read_in_an_update_is_noticed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(MetricSums, "add", curious)
     with pytest.raises(AssertionError, match=r"_local_scalar_dense in train/update.py"):
         _losses("log-mel", apart.DEVICE, torch.float32)
+
+
+def test_searches_wait_as_often_for_many_frames_as_for_few() -> None:
+    torch.manual_seed(2)
+    model = AsrModel(AsrConfig.tiny(6, "transducer")).to(apart.DEVICE).eval()
+    networks = (model.transducer.predictor, model.transducer.joiner)
+    lm = LanguageModel(LanguageModelConfig(vocab_size=6, dim=8, num_layers=1)).eval().requires_grad_(False)
+    fusion: dict[str, Any] = {"lm": lm, "lm_scale": 0.3}
+    searches = {
+        "ctc greedy": lambda frames, lens: ctc.greedy_search(frames[:, :, :6].log_softmax(2), lens),
+        "ctc prefix beam": lambda frames, lens: prefix_beam_search(frames[:, :, :6].log_softmax(2), lens, beam=3, **fusion),
+        "greedy": lambda frames, lens: transducer.greedy_search(*networks, frames, lens),
+        "modified beam": lambda frames, lens: transducer.modified_beam_search(*networks, frames, lens, beam=3, **fusion),
+    }
+    for name, search in searches.items():
+        counts = []
+        for length in (4, 12):
+            frames = torch.randn(2, length, model.encoder.output_dim).to(apart.DEVICE)
+            apart.waits.clear()
+            assert len(search(frames, torch.tensor([length, length - 1]))) == 2
+            counts.append(dict(apart.waits))
+        assert counts[0] == counts[1] and counts[0], name
