@@ -37,7 +37,7 @@ def _passed(output: str) -> int:
 
 
 def test_training_steps_there_are_those_of_the_cpu_and_wait_for_nothing() -> None:
-    assert _passed(_pytest("tests/other_device/checks.py", plugin="apart")) == 13
+    assert _passed(_pytest("tests/other_device/checks.py", plugin="apart")) == 15
 
 
 def test_programs_do_there_what_they_do_on_the_cpu() -> None:

@@ -157,3 +157,35 @@ def test_searches_wait_as_often_for_many_frames_as_for_few() -> None:
             assert len(search(frames, torch.tensor([length, length - 1]))) == 2
             counts.append(dict(apart.waits))
         assert counts[0] == counts[1] and counts[0], name
+
+
+def _kept(config: HubertConfig, device: torch.device) -> float:
+    """Megabytes that the loss of 6 s of audio keeps for the backward pass under autocast to bfloat16, parameters not counted."""
+    torch.manual_seed(3)
+    model = HubertModel(config).to(device).train()
+    frames = model.frontend.num_frames(96000)
+    batch = PretrainBatch(torch.randn(1, 96000), (torch.zeros(1, frames, dtype=torch.int64),)).to(device)
+    held: dict[int, Tensor] = {}
+
+    def storage(tensor: Tensor) -> int:
+        return getattr(tensor, "raw", tensor).untyped_storage().data_ptr()
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[storage(tensor)] = tensor  # so that nothing else can lie there
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(device.type, torch.bfloat16):
+        loss = model(batch).loss
+    assert loss.isfinite()
+    for parameter in model.parameters():
+        held.pop(storage(parameter), None)
+    return sum(getattr(tensor, "raw", tensor).untyped_storage().nbytes() for tensor in held.values()) / 1e6
+
+
+@pytest.mark.parametrize("frontend", ["waveform", "log-mel"])
+def test_under_the_rules_of_cuda_no_more_is_kept_for_the_backward_pass_than_on_the_cpu(frontend: str) -> None:
+    base = HubertConfig.zipformer_base()
+    config = base if frontend == "waveform" else replace(base, frontend=LogMelConfig(gradient_scale=0.1))
+    here, there = (_kept(config, device) for device in (torch.device("cpu"), apart.DEVICE))
+    print(f"Zipformer Base, {frontend}, 6 s: {here:.1f} MB by the CPU's rules, {there:.1f} MB by CUDA's")
+    assert there < 1.05 * here
