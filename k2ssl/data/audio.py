@@ -111,6 +111,8 @@ def _read_file(cut: MonoCut, start: int, out: np.ndarray) -> None:
         if file.samplerate != rate or file.channels != 1:
             raise AudioError(cut.id, f"{path} has {file.channels} channels at {file.samplerate} Hz, the manifest says 1 at {rate}")
         first = start + compute_num_samples(cut.start, rate) if cut.start else start
+        if first + len(out) == file.frames + 1 and first > start:
+            first -= 1  # the cut starts and ends on half a sample, and both were rounded up
         if first + len(out) > file.frames:
             raise AudioError(cut.id, f"{path} ends at sample {file.frames}, samples {first} to {first + len(out)} are asked for")
         if first:

@@ -105,7 +105,7 @@ def read_transcript_table(path: Path) -> dict[str, Transcript]:
         ValueError: the file cannot be read, has a line with too few columns, or names an audio file twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # spreadsheets begin a file with a mark of its encoding
+        lines = _read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     columns = {"path": 0, "text": 1, "speaker": 2}
@@ -138,16 +138,16 @@ def chapter_items(root: Path, *, audio_suffix: str = ".flac") -> Listing:
     """
     closed: list[Unreadable] = []
     for folder, names in walk(root, closed):
-        audio = [name for name in names if name.lower().endswith(audio_suffix)]
+        audio = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(audio_suffix)}
         texts: dict[str, str] = {}
         for name in names:
             if name.endswith(".trans.txt"):
                 yield from _read_chapter(os.path.join(folder, name), texts)
-        for utterance in sorted(texts.keys() | {os.path.splitext(name)[0] for name in audio}):
-            path = os.path.join(folder, utterance + audio_suffix)
+        for utterance in sorted(texts.keys() | audio.keys()):
+            path = os.path.join(folder, audio.get(utterance, utterance + audio_suffix))
             if utterance not in texts:
                 yield Unreadable(path, "no *.trans.txt beside it has a line for it")
-            elif utterance + audio_suffix not in names:
+            elif utterance not in audio:
                 yield Unreadable(path, "has a transcript, but there is no such file")
             else:
                 yield AudioItem(id=utterance, path=path, text=texts[utterance], speaker=utterance.split("-")[0])
@@ -156,7 +156,7 @@ def chapter_items(root: Path, *, audio_suffix: str = ".flac") -> Listing:
 
 def _read_chapter(path: str, texts: dict[str, str]) -> Iterator[Unreadable]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = _read_lines(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         yield Unreadable(path, f"transcripts cannot be read ({error})")
         return
@@ -184,7 +184,7 @@ def _has_chapters(folder: Path) -> bool:
 
 
 def _is_chapter(folder: Path) -> bool:
-    return folder.name.isdigit() and any(path.name.endswith((".trans.txt", ".flac")) for path in folder.iterdir())
+    return folder.name.isdigit() and any(path.name.lower().endswith((".trans.txt", ".flac")) for path in folder.iterdir())
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -240,9 +240,14 @@ def listed_items(file_ids: Path, transcription: Path, audio_dir: Path) -> Listin
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in _read_lines(path) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines end with a line feed only, for a text may hold other separators; spreadsheets begin a file with a mark of its encoding."""
+    return path.read_text(encoding="utf-8-sig").split("\n")
 
 
 def walk(root: Path, closed: list[Unreadable]) -> Iterator[tuple[str, list[str]]]:

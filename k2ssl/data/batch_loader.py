@@ -177,7 +177,7 @@ class BatchLoader(Generic[B]):
 
     def requests(self) -> Iterator[Request]:
         """What each batch of the whole epoch is made of, without reading audio; where iteration stands is not touched."""
-        batches = iter(self._sampler())
+        batches = iter(self._sampler(self.intake.copy()))
         while (cuts := next(batches, None)) is not None:  # `for` would call iter() again, which starts the sampler over
             yield Request(self.epoch, tuple(cuts))
 
@@ -231,7 +231,7 @@ class BatchLoader(Generic[B]):
         if not self._resume:
             self._consumed = self._digest = 0
         self._resume = False
-        sampler = self._sampler()
+        sampler = self._sampler(self.intake)
         digests: deque[int] = deque()
         for loaded in self._data_loader(self._remaining(sampler, digests)):
             self._consumed += 1
@@ -273,12 +273,12 @@ class BatchLoader(Generic[B]):
             worker_init_fn=_obey_parent_only,
         )
 
-    def _sampler(self) -> RoundSampler:
+    def _sampler(self, intake: Intake) -> RoundSampler:
         sampling = self.sampling
         length, bins = self._bucket_limits()
         constraint = BatchSeconds(max_duration=sampling.max_duration, quadratic_duration=sampling.quadratic_duration, length=length)
         return RoundSampler(
-            _Pass(self.intake, self.corpora, self.seed, self.epoch),
+            _Pass(intake, self.corpora, self.seed, self.epoch),
             constraint=constraint,
             duration_bins=bins,
             drop_incomplete=sampling.drop_incomplete,
@@ -293,7 +293,7 @@ class BatchLoader(Generic[B]):
         """How long a cut counts and where buckets end; the same in every epoch."""
         if self._limits is None:
             sampling = self.sampling
-            first = _Pass(self.intake, self.corpora, self.seed, 0, tell=False)
+            first = _Pass(self.intake.copy(), self.corpora, self.seed, 0, tell=False)
             if self.crop_seconds is not None:
                 length: Callable[[float], float] = Cropped(self.crop_seconds)
                 self._limits = length, estimated_bins(first, sampling.num_buckets, length, sampling.num_cuts_for_bins)

@@ -180,6 +180,10 @@ def _id_of(line: bytes) -> str:
     if ("tracks" not in data and not {"start", "duration"} <= data.keys()) or "recording_id" in data:
         kind = "a supervision" if "recording_id" in data else "a recording" if "sources" in data else "something else"
         raise ValueError(f"is {kind}, not a cut")
+    try:
+        data["id"].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has the id {data['id']!r}, which is no text in Unicode") from error
     return data["id"]
 
 

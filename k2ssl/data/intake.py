@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -57,6 +58,12 @@ class Intake:
                 if tell and self.on_refusal is not None:
                     self.on_refusal(cut.id, reason)
 
+    def copy(self) -> Intake:
+        """One that lets the same cuts through and counts for itself."""
+        other = copy.copy(self)
+        other.excluded = Counter()
+        return other
+
     def refusal(self, cut: Cut) -> str | None:
         """Why `cut` cannot be used, or None if it can."""
         samples = round(cut.duration * self.sample_rate)
@@ -92,7 +99,9 @@ class Intake:
 
 
 def transcript(cut: Cut) -> str:
-    """The texts of a cut's supervisions in order of time, joined by spaces; empty if there are none."""
+    """The texts of a cut's supervisions in order of time, joined by spaces; empty if there are none. Of several channels the first counts."""
+    if isinstance(cut, MultiCut):
+        cut = _first_channel(cut)
     texts = (supervision.text for supervision in sorted(cut.supervisions, key=lambda s: s.start))
     return " ".join(text.strip() for text in texts if text and text.strip())
 

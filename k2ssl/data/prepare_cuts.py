@@ -1,8 +1,9 @@
 """From a listing of audio files to a finished manifest: in parts, on several processes, resumable, never half-written.
 
 The listing is cut into parts of a fixed number of files. Each part is read by one process and stored under `cuts_NAME.parts/` under a name
-made of its position and a hash of its files and of the settings; a part that is there is not read again, so that an interrupted run continues where
-it was, and a changed listing repeats only the parts that changed. At the end the compressed parts are put one after the other (gzip allows it),
+made of its position and a hash of its files and of the settings; a part that is there is not read again unless an unreadable file of it has changed, so that an
+interrupted run continues where it was, and a changed listing repeats only the parts that changed. (Other files that change without a change
+of their names are not noticed.) At the end the compressed parts are put one after the other (gzip allows it),
 the result is read back once and renamed, and the parts are deleted.
 """
 
@@ -15,7 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from k2ssl.data.audio_layouts import AUDIO_SUFFIXES, Listing, Speaker, folder_it
 from k2ssl.data.audio_scan import AudioItem, ScanReport, ScanSettings, Unreadable, scan
 from k2ssl.data.cut_summary import CutSummary
 from k2ssl.data.cuts import COMPRESSION, check_manifest, is_checked, read_summary, write_summary
+from k2ssl.file_hash import file_sha256
 
 FILES_PER_PART = (
     2000  # a few seconds of work: little is lost by an interruption, and 60,000 hours in files of one sentence are 11,000 parts
@@ -86,6 +88,7 @@ def prepare_folder(
         source=root,
         expected=f"{root}: audio files ({', '.join(AUDIO_SUFFIXES)}) are expected here or in folders below; {what_is_in(root)}",
         settings=settings,
+        more_settings={"speaker": speaker, "text_suffix": text_suffix, "table": None if table is None else file_sha256(Path(table))},
         num_jobs=num_jobs,
         overwrite=overwrite,
         progress=progress,
@@ -100,6 +103,7 @@ def prepare_split(
     source: str | Path,
     expected: str,
     settings: ScanSettings | None = None,
+    more_settings: Mapping[str, Any] | None = None,
     num_jobs: int = 1,
     files_per_part: int = FILES_PER_PART,
     overwrite: bool = False,
@@ -116,6 +120,7 @@ def prepare_split(
         source: where the files come from; a manifest made of another source is not taken for this one.
         expected: message if the listing is empty: what was expected where, and what was found.
         settings: how files become cuts.
+        more_settings: what else `listing` depends on, by name, as JSON can hold it; a manifest that was made with other values is not taken.
         num_jobs: processes that read headers.
         files_per_part: see above.
         overwrite: make it again, from the beginning; the old manifest stays until the new one is whole.
@@ -130,9 +135,10 @@ def prepare_split(
     if not split or "/" in split or split.startswith("."):
         raise ValueError(f"split is {split!r}; it becomes part of a file name, so it must not be empty, hold / or begin with a dot")
     settings = settings or ScanSettings()
+    described = {"source": str(Path(source).resolve()), **dataclasses.asdict(settings), **(more_settings or {})}
     manifest = writable_folder(out) / f"cuts_{split}.jsonl.gz"
     if manifest.exists() and not overwrite:
-        return _finished(manifest, _described(settings, source))
+        return _finished(manifest, described)
     parts = manifest.with_name(f"cuts_{split}.parts")
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
@@ -142,7 +148,7 @@ def prepare_split(
     writable_folder(parts)
     with tqdm(total=total, unit="file", desc=split, disable=None if progress else True, dynamic_ncols=True) as bar:
         names, resumed = _read_parts(listing(), parts, settings, num_jobs, files_per_part, bar.update)
-    prepared = _assemble(manifest, parts, names, settings, _described(settings, source), resumed)
+    prepared = _assemble(manifest, parts, names, settings, described, resumed)
     shutil.rmtree(parts)
     return prepared
 
@@ -155,7 +161,8 @@ def _finished(manifest: Path, asked: dict[str, Any]) -> Prepared:
             f"{manifest} exists, but its summary does not lie beside it, so it is not known to be whole; remove or overwrite it"
         )
     had = content.get("settings", {})
-    changed = [f"{name} {had.get(name)} (now {value})" for name, value in asked.items() if had.get(name) != value]
+    # a manifest of an older version does not tell all of it
+    changed = [f"{name} {had[name]} (now {value})" for name, value in asked.items() if name in had and had[name] != value]
     if changed:
         raise ValueError(f"{manifest} exists, made with {', '.join(changed)}; overwrite it or name another folder")
     notes = ["exists already: nothing was done", *content.get("notes", ())]
@@ -175,7 +182,7 @@ def _read_parts(
         for chunk in iter(lambda: list(islice(items, size)), []):
             name = _part_name(len(names), chunk, settings)
             names.append(name)
-            if (folder / f"{name}.json").exists():
+            if _is_read(folder / f"{name}.json"):
                 resumed += len(chunk)
                 done(len(chunk))
             elif num_jobs == 1 or (len(names) == 1 and len(chunk) < size):  # one part is read sooner than processes start
@@ -217,6 +224,14 @@ def _collect(pending: dict[Future[None], int], at_most: int, done: Callable[[int
 def _part_name(position: int, items: list[AudioItem | Unreadable], settings: ScanSettings) -> str:
     content = repr((_FORMAT, settings, items)).encode(errors="surrogatepass")
     return f"{position:07}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+
+
+def _is_read(report: Path) -> bool:
+    """Whether there is a part of which no file that could not be read has changed since."""
+    if not report.exists():
+        return False
+    unreadable = [Path(path) for path, _ in json.loads(report.read_bytes())["unreadable"]]
+    return not any(path.exists() and path.stat().st_ctime_ns > report.stat().st_mtime_ns for path in unreadable)
 
 
 def read_part(items: list[AudioItem | Unreadable], settings: ScanSettings, folder: Path, name: str) -> None:
@@ -284,10 +299,6 @@ def _notes(report: ScanReport, settings: ScanSettings, unreadable: int, listed: 
 def _row(path: str, reason: str) -> bytes:
     cells = (cell.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r") for cell in (path, reason))
     return ("\t".join(cells) + "\n").encode(errors="backslashreplace")
-
-
-def _described(settings: ScanSettings, source: str | Path) -> dict[str, Any]:
-    return {"source": str(Path(source).resolve()), **dataclasses.asdict(settings)}
 
 
 def _split_of(manifest: Path) -> str:

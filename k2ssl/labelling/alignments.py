@@ -30,7 +30,8 @@ class Interval:
 
 
 class Alignments:
-    """Phones of utterances by name. An utterance also goes by the last part of its path (`7/utt-1` by `utt-1`) where no other has it.
+    """Phones of utterances by name. Where no other alignment has the last part of its path, an utterance also goes by the end of its path, and
+    by a longer path that ends in it (`a/7/utt-1`, `7/utt-1` and `utt-1` are the same one).
 
     Attributes:
         phones: the different phones, sorted.
@@ -66,12 +67,18 @@ class Alignments:
         if known is None:
             raise ValueError(f"there is no alignment of {name}")
         starts, ends, phones = self._utterances[known]
+        if not len(starts):
+            return np.full(len(times), -1, np.int64)
         at = np.searchsorted(starts, times, side="right") - 1
         covered = (at >= 0) & (times < ends[at])
         return np.where(covered, phones[at], -1)
 
     def _find(self, name: str) -> str | None:
-        return name if name in self._utterances else self._by_last_part.get(_last_part(name))
+        if name in self._utterances:
+            return name
+        found = self._by_last_part.get(_last_part(name))
+        is_same = found is not None and (name.endswith(f"/{found}") or found.endswith(f"/{name}"))
+        return found if is_same else None
 
 
 def read_alignments(path: str | Path, tier: str = "phones") -> Alignments:
@@ -103,12 +110,16 @@ def _last_part(name: str) -> str:
 
 def _read_ctm(path: Path) -> dict[str, list[Interval]]:
     intervals: dict[str, list[Interval]] = {}
+    channels: dict[str, str] = {}
     with path.open(encoding="utf-8") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 columns = line.partition(";;")[0].split()
                 if columns:
                     intervals.setdefault(columns[0], []).append(_ctm_interval(columns, f"{path}:{number}"))
+                    if columns[1] != channels.setdefault(columns[0], columns[1]):
+                        both = f"{channels[columns[0]]} and {columns[1]}"
+                        raise ValueError(f"{path}:{number}: {columns[0]} is on channels {both}, one channel for each utterance is needed")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not a text file in UTF-8, so no CTM file") from error
     if not intervals:

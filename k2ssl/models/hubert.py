@@ -142,7 +142,8 @@ class HubertModel(SpeechEncoder):
 
         Raises:
             ValueError: wrong shapes or types; utterances too short for a frame; a number of label sets other than the number of heads;
-                an utterance whose number of labels differs from its number of frames by more than one; a label outside the classes.
+                an utterance whose number of labels differs from its number of frames by more than one (more labels are right where the
+                frontend's window is longer than two frames, since crops have labels to their end); a label outside the classes.
         """
         self.frontend.check_lens(batch.audio, batch.audio_lens)
         if len(batch.labels) != len(self.heads):
@@ -151,7 +152,8 @@ class HubertModel(SpeechEncoder):
         lens = [samples] * n if batch.audio_lens is None else batch.audio_lens.tolist()
         frame_lens = [self.frontend.num_frames(length) for length in lens]
         for i, labels in enumerate(batch.labels):
-            check_labels(f"PretrainBatch: labels[{i}]", labels, frame_lens, self._ratio(i), self.config.head.num_classes[i])
+            name, classes = f"PretrainBatch: labels[{i}]", self.config.head.num_classes[i]
+            check_labels(name, labels, frame_lens, self._ratio(i), classes, self.frontend.receptive_field / self.frontend.stride)
 
     def _ratio(self, label_set: int) -> float:
         """Labels per frame."""
@@ -199,19 +201,21 @@ def mean_square(features: Tensor, padding_mask: Tensor | None) -> Tensor:
 
 def labels_of_frames(labels: Tensor, num_frames: int, ratio: float) -> Tensor:
     """(N, L) labels at `ratio` labels per frame -> (N, num_frames) int64: frame t has label floor(t * ratio), or -1 beyond the last."""
-    index = (torch.arange(num_frames, device=labels.device) * ratio).long()
+    # in float64, with a little added, so that rounding does not make 59.999999 of 60
+    index = (torch.arange(num_frames, dtype=torch.float64, device=labels.device) * ratio + 1e-6).long()
     of_frames = labels.index_select(1, index.clamp(max=labels.shape[1] - 1)).long()
     return of_frames.masked_fill(index >= labels.shape[1], -1)
 
 
-def check_labels(name: str, labels: Tensor, frame_lens: list[int], ratio: float, num_classes: int) -> None:
-    """ValueError unless `labels` (N, L) fit utterances of `frame_lens` frames at `ratio` labels per frame; see `check_batch`."""
+def check_labels(name: str, labels: Tensor, frame_lens: list[int], ratio: float, num_classes: int, window: float) -> None:
+    """ValueError unless `labels` (N, L) fit utterances of `frame_lens` frames at `ratio` labels per frame, each of which sees a window as
+    long as so many frames; see `check_batch`."""
     n = len(frame_lens)
     if labels.ndim != 2 or labels.shape[0] != n or labels.shape[1] == 0 or labels.dtype not in _LABEL_TYPES:
         raise ValueError(f"{name} has shape {tuple(labels.shape)} and type {labels.dtype}, allowed are integers ({n}, L >= 1)")
-    tolerance = max(ratio, 1.0)
+    fewest, most = -max(ratio, 1.0), max(ratio, 1.0) + max(0, math.ceil(window) - 2) * ratio
     if labels.device.type != "cpu":
-        _check_label_count(f"{name}, longest utterance", labels.shape[1], max(frame_lens), ratio, tolerance)
+        _check_label_count(f"{name}, longest utterance", labels.shape[1], max(frame_lens), ratio, fewest, most)
         return
     low, high = labels.amin(dim=1).tolist(), labels.amax(dim=1).tolist()
     is_label = labels >= 0
@@ -223,15 +227,14 @@ def check_labels(name: str, labels: Tensor, frame_lens: list[int], ratio: float,
             raise ValueError(f"{name}, utterance {i}: label {found} is outside the classes, allowed are 0 to {num_classes - 1} (-1 pads)")
         if lasts[i] != counts[i]:
             raise ValueError(f"{name}, utterance {i}: -1 stands before the last label, allowed is padding at the end only")
-        _check_label_count(f"{name}, utterance {i}", counts[i], frame_lens[i], ratio, tolerance)
+        _check_label_count(f"{name}, utterance {i}", counts[i], frame_lens[i], ratio, fewest, most)
 
 
-def _check_label_count(name: str, count: int, num_frames: int, ratio: float, tolerance: float) -> None:
-    if abs(count - num_frames * ratio) > tolerance:
-        raise ValueError(
-            f"{name}: {count} labels for {num_frames} frames at {ratio:g} labels per frame, "
-            f"allowed are {num_frames * ratio:g} +- {tolerance:g}"
-        )
+def _check_label_count(name: str, count: int, num_frames: int, ratio: float, fewest: float, most: float) -> None:
+    expected = num_frames * ratio
+    if not fewest <= count - expected <= most:
+        allowed = f"{expected:g} +- {most:g}" if most == -fewest else f"{expected + fewest:g} to {expected + most:g}"
+        raise ValueError(f"{name}: {count} labels for {num_frames} frames at {ratio:g} labels per frame, allowed are {allowed}")
 
 
 def _frame_metrics(group: str, sums: FrameSums) -> dict[str, Tensor]:

@@ -108,6 +108,8 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: a token that the model does not have; the batch is to be on the CPU still.
         """
+        if not batch.tokens.numel():
+            return
         least, most = batch.tokens.aminmax()
         if least < 0 or most >= self.vocab_size:
             raise ValueError(f"LanguageModel: tokens from {int(least)} to {int(most)}, allowed are 0..{self.vocab_size - 1}")

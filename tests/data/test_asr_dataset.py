@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lhotse import CutSet, Recording, SupervisionSegment
-from lhotse.cut import MonoCut
+from lhotse.cut import MonoCut, MultiCut
 
 from k2ssl.batch import AsrBatch
 from k2ssl.data.asr_dataset import AsrDataset
@@ -174,3 +174,17 @@ def test_a_loader_makes_tokens_and_an_interrupted_one_goes_on_with_the_same_toke
     for options in others:
         with pytest.raises(ValueError, match="loader state: "):
             loader(**options).load_state_dict(state)
+
+
+def test_of_several_channels_the_first_ones_transcript_counts(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "two.wav", np.random.default_rng(1).normal(0, 0.1, (RATE, 2)), RATE)
+    both = Recording.from_file(tmp_path / "two.wav")
+
+    def cut(name: str, *texts: str | None) -> MultiCut:
+        said = [SupervisionSegment(f"{name}-{i}", both.id, 0.0, 1.0, channel=i, text=text) for i, text in enumerate(texts) if text]
+        return MultiCut(name, start=0.0, duration=1.0, channel=[0, 1], recording=both, supervisions=said)
+
+    cuts = [cut("second", None, "HELLO"), cut("both", "ONE", "TWO")]
+    assert [transcript(one) for one in cuts] == ["", "ONE"]
+    loader = asr_loader(CutSet.from_cuts(cuts), max_duration=10, num_buckets=1, drop_incomplete=False)
+    assert [batch.texts for batch in loader] == [("ONE",)] and loader.excluded == {"with an empty transcript": 1}

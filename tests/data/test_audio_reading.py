@@ -182,3 +182,11 @@ def test_padding_is_zero_and_nothing_read_gives_an_empty_batch(recordings: dict[
     assert torch.equal(samples[0, RATE // 2 :], torch.zeros(RATE // 2))
     samples, lens, read, failures = read_padded([])
     assert samples.shape == (0, 0) and lens.tolist() == [] and not read and not failures
+
+
+def test_a_part_that_begins_and_ends_on_half_a_sample_is_read(tmp_path: Path) -> None:
+    samples = np.random.default_rng(2).integers(-3000, 3000, 22050).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", samples, 22050)
+    cut = stretch(Recording.from_file(tmp_path / "a.wav"), 0.01, 0.99)  # samples 220.5 to 22050
+    read = read_utterance(cut, normalize=False)
+    assert np.array_equal(read, samples[220:].astype(np.float32) / 32768)

@@ -226,3 +226,12 @@ def test_what_a_folder_holds_is_said_in_words(tmp_path: Path) -> None:
     assert what_is_in(tmp_path) == "found d/, f0, f1, f2, f3, f4 and 3 more"
     assert what_is_in(tmp_path / "f0") == "it is a file"
     assert what_is_in(tmp_path / "none") == "there is no such folder"
+
+
+def test_chapters_in_capitals_and_texts_with_other_separators_are_read(tmp_path: Path) -> None:
+    touch(tmp_path, "1/2/1-2-3.FLAC", "1/2/1-2-4.flac")
+    (tmp_path / "1/2/1-2.trans.txt").write_text("\ufeff1-2-3 HELLO\u2028WORLD\r\n1-2-4 MORE\n", encoding="utf-8")
+    items, bad = split(chapter_items(tmp_path))
+    assert not bad and {name: item.text for name, item in items.items()} == {"1-2-3": "HELLO\u2028WORLD", "1-2-4": "MORE"}
+    assert items["1-2-3"].path.endswith("1-2-3.FLAC")
+    assert chapter_splits(tmp_path)

@@ -287,3 +287,37 @@ def test_real_speech_is_counted(real_speech: Path, tmp_path: Path) -> None:
     assert (prepared.summary.cuts, prepared.summary.speakers, prepared.unreadable) == (251, 251, 0)
     assert prepared.summary.hours == pytest.approx(0.87, abs=0.005)
     assert json.loads((tmp_path / "summary_all.json").read_text())["summary"]["cuts"] == 251
+
+
+def test_a_repaired_file_is_read_when_an_interrupted_run_goes_on(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(number: int) -> None:
+        if number == 3:
+            raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        count_scans(patch, stop)
+        with pytest.raises(RuntimeError):
+            prepare(audio, tmp_path / "out")
+    soundfile.write(audio / "s0" / "00.wav", np.zeros(1600), 16000)  # in the first part
+    sizes = count_scans(monkeypatch)
+    prepared = prepare(audio, tmp_path / "out")
+    assert len(sizes) == 2 and prepared.resumed == 6 and prepared.unreadable == 1
+    assert "s0/00" in [cut.id for cut in read_cuts(prepared.manifest)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"table": "table.tsv"}, r"table None \(now [0-9a-f]{64}\)"),
+        ({"speaker": "folder"}, r"speaker none \(now folder\)"),
+        ({"text_suffix": ".lab"}, r"text_suffix \.txt \(now \.lab\)"),
+    ],
+)
+def test_a_manifest_with_other_transcripts_or_speakers_is_not_taken(audio: Path, tmp_path: Path, change: dict[str, str], said: str) -> None:
+    (tmp_path / "table.tsv").write_text("s1/01\tHELLO\n")
+    options = {**change, "table": tmp_path / "table.tsv"} if "table" in change else change
+    assert not prepare_folder(audio, tmp_path / "out").existed
+    with pytest.raises(ValueError, match=said):
+        prepare_folder(audio, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not prepare_folder(audio, tmp_path / "out", **options, overwrite=True).existed  # type: ignore[arg-type]
+    assert prepare_folder(audio, tmp_path / "out", **options).existed  # type: ignore[arg-type]

@@ -253,3 +253,12 @@ BAD: dict[str, Callable[[], object]] = {
 def test_settings_that_cannot_work_are_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BAD[message]()
+
+
+def test_asking_what_batches_are_made_of_does_not_change_what_an_iteration_counts(corpus: SmallCorpus) -> None:
+    plain, asked = corpus.loader(min_seconds=3.0), corpus.loader(min_seconds=3.0)
+    list(plain)
+    for number, _ in enumerate(asked):
+        if number == 1:
+            assert list(asked.requests())
+    assert plain.excluded == asked.excluded and sum(plain.excluded.values()) > 0

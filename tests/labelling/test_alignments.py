@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from k2ssl.labelling.alignments import SILENCE, Interval, read_alignments, read_textgrid
+from k2ssl.labelling.alignments import SILENCE, Alignments, Interval, read_alignments, read_textgrid
 
 LONG = """File type = "ooTextFile"
 Object class = "TextGrid"
@@ -113,7 +113,7 @@ def test_a_folder_of_textgrids_is_read_at_any_depth(tmp_path: Path) -> None:
         found.phones_at("utt-3", np.array([0.0]))
 
 
-def test_an_utterance_goes_by_the_last_part_of_its_path_where_no_other_has_it(tmp_path: Path) -> None:
+def test_an_utterance_goes_by_the_end_of_its_path_where_no_other_has_its_last_part(tmp_path: Path) -> None:
     for folder, name in (("a", "1"), ("b", "1"), ("b", "2")):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"{name}.TextGrid").write_text(SHORT.replace('"S"', f'"{folder}"'))
@@ -121,7 +121,8 @@ def test_an_utterance_goes_by_the_last_part_of_its_path_where_no_other_has_it(tm
     times = np.array([0.4])
     assert found.phones[found.phones_at("a/1", times)[0]] == "a" and found.phones[found.phones_at("b/1", times)[0]] == "b"
     assert "1" not in found and "c/1" not in found
-    assert "2" in found and "corpus/b/2" in found and found.phones[found.phones_at("x/2", times)[0]] == "b"
+    assert "2" in found and found.phones[found.phones_at("corpus/b/2", times)[0]] == "b"
+    assert "x/2" not in found  # another speaker's
 
 
 def test_a_ctm_is_read_in_any_order_with_holes(tmp_path: Path) -> None:
@@ -138,6 +139,7 @@ def test_a_ctm_is_read_in_any_order_with_holes(tmp_path: Path) -> None:
         ("u1 1 0.0 0.1\n", "a.ctm:1: has 4 columns"),
         ("u1 1 0.0 0.1 A\nu1 1 x 0.1 A\n", "a.ctm:2: start 'x'"),
         ("u1 1 -1 0.1 A\n", "a.ctm:1: start -1.0 and duration"),
+        ("u1 A 0 1 A\nu2 B 0 1 A\nu1 B 0 1 A\n", "a.ctm:3: u1 is on channels A and B"),
         ("u1 1 0 nan A\n", "duration nan"),
         (";; nothing\n", "this CTM file is empty"),
     ],
@@ -156,3 +158,7 @@ def test_what_is_no_alignment_is_refused(tmp_path: Path) -> None:
         read_alignments(tmp_path / "a.wav")
     with pytest.raises(FileNotFoundError):
         read_alignments(tmp_path / "none.ctm")
+
+
+def test_a_tier_without_intervals_covers_nothing() -> None:
+    assert Alignments({"u": [], "v": [Interval(0.0, 1.0, "A")]}).phones_at("u", np.array([0.0, 0.5])).tolist() == [-1, -1]

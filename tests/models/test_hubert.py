@@ -377,3 +377,19 @@ def test_a_mask_of_another_shape_is_refused() -> None:
 def test_impossible_configurations_are_refused_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(HubertConfig.tiny(), **changes)
+
+
+@pytest.mark.parametrize(("shift", "stride"), [(368, 320), (432, 320), (592, 320), (320, 320), (160, 320), (400, 320)])
+def test_a_frame_has_the_label_that_lies_at_its_beginning(shift: int, stride: int) -> None:
+    count = 1000 * stride // shift + 1
+    labels = labels_of_frames(torch.arange(count).unsqueeze(0), 1000, (16000 / shift) / (16000 / stride))
+    assert labels[0].tolist() == [t * stride // shift for t in range(1000)]
+
+
+@pytest.mark.parametrize("window", [25.0, 50.0, 64.0])
+def test_crops_of_any_frontend_may_have_labels_to_their_end(window: float) -> None:
+    model = _tiny(frontend=LogMelConfig(channels=(2, 4, 8), output_dim=16, frame_length_ms=window))
+    for samples in range(40000, 40320, 16):  # a crop has a label wherever one begins in it, see PretrainDataset
+        model.check_batch(PretrainBatch(torch.zeros(1, samples), (torch.zeros(1, samples // 320, dtype=torch.int64),)))
+    with pytest.raises(ValueError, match="labels for"):
+        model.check_batch(PretrainBatch(torch.zeros(1, 40000), (torch.zeros(1, 132, dtype=torch.int64),)))
