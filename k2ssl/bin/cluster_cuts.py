@@ -59,6 +59,16 @@ def check_job(job: Any) -> None:
     check_device(job.device, f"{name}: ")
 
 
+def check_seed(whose: str, seed: int) -> None:
+    """Refuse what torch takes for no seed.
+
+    Raises:
+        ValueError: names it, and `whose` it is.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{whose}: seed is {seed}, a whole number from 0 to 2^63 - 1 is needed")
+
+
 def check_device(name: str, whose: str = "") -> None:
     """Refuse what is no name of a device.
 

@@ -69,6 +69,10 @@ def without_effect_anywhere(job: Pretrain | Finetune) -> Iterator[str]:
         yield from _none(
             _changed(trainer.batch, "trainer.batch", "reference_seconds"), "with a Transformer, which has no schedules of its own"
         )
+    if job.schedule.name == "tri_stage":
+        length = job.schedule.max_batches
+        names = ["warmup_batches", "hold_batches", "decay_batches"] if length else ["phase_ratio"]
+        yield from _none(_changed(job.schedule, "schedule", *names), f"with schedule.max_batches {length:g}")
     if trainer.precision not in ("auto", "float16"):
         yield from _none(
             _changed(trainer.guard, "trainer.guard", "min_scale"), f"with trainer.precision {trainer.precision}, which has no loss scale"

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from k2ssl import distributed
-from k2ssl.bin.cluster_cuts import check_device, check_files
+from k2ssl.bin.cluster_cuts import check_device, check_files, check_seed
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.folder_lock import alone_in
 from k2ssl.bin.program import run_program
@@ -104,9 +105,9 @@ class TrainLm:
         check_device(self.device, "TrainLm: ")
         if not self.text and not self.cuts:
             raise ValueError("TrainLm: text and cuts name no file, at least one is needed")
-        for name, least in (("tokens_per_update", 2), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"TrainLm: {name} is {getattr(self, name)}, a whole number >= {least} is needed")
+        if self.tokens_per_update < 2:
+            raise ValueError(f"TrainLm: tokens_per_update is {self.tokens_per_update}, a whole number >= 2 is needed")
+        check_seed("TrainLm", self.seed)
         self.model(vocab_size=2)
         self.trainer()
 
@@ -181,8 +182,9 @@ def train(job: TrainLm) -> None:
         raise ConfigError(f"{os.environ['WORLD_SIZE']} processes were started, this program runs in one")
     output = Path(job.output)
     check_files(tokenizer=job.tokenizer, text=job.text, cuts=job.cuts, check_text=job.check_text, check_cuts=job.check_cuts)
-    with distributed.set_up(choose_device(job.device)) as device, alone_in(output):
+    with distributed.set_up(choose_device(job.device)) as device, ExitStack() as held:
         with refusing():
+            held.enter_context(alone_in(output))
             text = Text(job)
             settings = {**to_dict(job), "lineage": text.lineage}
             start = _find_start(output, settings)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from k2ssl import distributed
+from k2ssl.bin.cluster_cuts import check_seed
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.diagnose import Diagnosis, diagnose
 from k2ssl.bin.folder_lock import alone_in
@@ -93,8 +94,7 @@ class TrainingJob:
         modes = [mode for mode, on in (("estimate", self.estimate), ("tune", self.tune), ("diagnose", self.diagnose != "no")) if on]
         if len(modes) > 1:
             raise ValueError(f"{name}: {' and '.join(modes)} are asked for at once, allowed is one of them")
-        if self.seed < 0:
-            raise ValueError(f"{name}: seed is {self.seed}, a whole number >= 0 is needed")
+        check_seed(name, self.seed)
 
 
 class Data(Protocol):

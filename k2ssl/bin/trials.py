@@ -124,7 +124,9 @@ def tune_micro_batch(job: Any, make_run: Callable[[Any], Run], device: torch.dev
         return measure_worst(trial.trainer, trial.train_loader, job.preflight.batches, None).peak_bytes
 
     batch = job.trainer.batch
-    start = min(batch.seconds_per_micro_batch, batch.seconds_per_update)
+    if batch.seconds_per_update < 1:
+        raise ConfigError(f"trainer.batch.seconds_per_update is {batch.seconds_per_update}, with tune at least 1 s is needed")
+    start = max(1.0, min(batch.seconds_per_micro_batch, batch.seconds_per_update))
     tuned = tune(measure, _limit(device, job.preflight), start=start, most=batch.seconds_per_update)
     settings = replace(job, tune=False, trainer=replace(job.trainer, batch=replace(batch, seconds_per_micro_batch=float(tuned.seconds))))
     return [tuned.text(), "settings with it, to be saved as a file and given to the program:", dump(settings)]

@@ -222,7 +222,7 @@ def _make_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> Optimi
     if config.name == "scaled_adam":
         return ScaledAdam(groups, **_scaled_adam_options(config))
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
-    adamw.register_load_state_dict_pre_hook(_refuse_other_states)
+    adamw.register_load_state_dict_pre_hook(_match_by_name)
     adamw.register_step_pre_hook(_match_strides)
     if config.max_grad_norm > 0:
         adamw.register_step_pre_hook(functools.partial(_clip_before_step, config.max_grad_norm))
@@ -249,15 +249,28 @@ def _match_strides(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 param.grad = torch.empty_like(param).copy_(param.grad)
 
 
-def _refuse_other_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """torch matches parameters by position, which is only right where the names agree, and takes over how the saved one computed."""
+def _match_by_name(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """torch matches parameters by position; here those of a saved state are matched by name, in whatever groups they were. Rates are those
+    of the present groups. How the saved one computed is taken over."""
     if not all(group.get("fused") for group in state_dict["param_groups"]):
         raise ValueError("AdamW.load_state_dict: the saved state is of an AdamW that is not fused, a fused one's is needed")
-    here = [group["param_names"] for group in optimizer.param_groups]
-    there = [group.get("param_names") for group in state_dict["param_groups"]]
-    if here != there:
-        names, saved = ({name for group in groups for name in group or ()} for groups in (here, there))
+    saved = {
+        name: (group, state_dict["state"].get(number))
+        for group in state_dict["param_groups"]
+        for name, number in zip(group.get("param_names") or (), group["params"], strict=False)
+    }
+    here = [name for group in optimizer.param_groups for name in group["param_names"]]
+    if set(here) != set(saved):
         raise ValueError(
-            f"AdamW.load_state_dict: parameters or their groups differ; missing from the saved state: {sorted(names - saved)},"
-            f" unknown ones in it: {sorted(saved - names)}"
+            f"AdamW.load_state_dict: parameters differ; missing from the saved state: {sorted(set(here) - set(saved))},"
+            f" unknown ones in it: {sorted(set(saved) - set(here))}"
         )
+    if [group["param_names"] for group in optimizer.param_groups] == [group["param_names"] for group in state_dict["param_groups"]]:
+        return state_dict
+    number = {name: i for i, name in enumerate(here)}
+    groups = []
+    for group in optimizer.param_groups:
+        names = group["param_names"]
+        own = {key: group[key] for key in ("lr", "initial_lr", "param_names") if key in group}
+        groups.append({**saved[names[0]][0], **own, "params": [number[name] for name in names]})
+    return {**state_dict, "state": {number[name]: state for name, (_, state) in saved.items() if state is not None}, "param_groups": groups}

@@ -172,6 +172,11 @@ class CheckpointFolder:
         as_good = sum(scores.get(path.name, math.inf) <= score for path in self.paths())
         return math.isfinite(score) and as_good < self.keep.keep_best
 
+    def has_score(self, step: int) -> bool:
+        """Whether a score of the checkpoint of this step is known; on rank 0 only. Waits for the one that is being written."""
+        self._join()
+        return any(step_of(path) == step for path in self.paths() if path.name in self._read_scores())
+
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: training goes on from `step` and will not come by them again. On rank 0 only."""
         self._join()

@@ -38,13 +38,18 @@ class JsonLines:
         """Write one record; numbers that JSON does not know (NaN, infinities) become null.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full; names the file.
             TypeError: a value is not plain.
         """
-        self._file.write(json.dumps({key: _known_to_json(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        if self._sync:
-            os.fsync(self._file.fileno())
+        line = json.dumps({key: _known_to_json(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+            if self._sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            error.filename = error.filename or self._file.name
+            raise
 
     def close(self) -> None:
         """Nothing can be appended any more."""

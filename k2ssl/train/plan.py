@@ -31,6 +31,11 @@ class BatchConfig:
         for name, value in asdict(self).items():
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"BatchConfig: {name} is {value}, a finite number of seconds > 0 is needed")
+        if self.seconds_per_update > 1e6 * self.seconds_per_micro_batch:
+            raise ValueError(
+                f"BatchConfig: seconds_per_micro_batch is {self.seconds_per_micro_batch}, at least a millionth of seconds_per_update,"
+                f" {self.seconds_per_update}, is needed"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from k2ssl.train.differences import differences
 from k2ssl.train.sharding import full_state, is_sharded, load_full_state
 
 if TYPE_CHECKING:
+    from k2ssl.train.contract import Loader
     from k2ssl.train.trainer import Trainer
 
 
@@ -101,6 +102,19 @@ def load_checkpoint_content(trainer: Trainer, content: Mapping[str, Any]) -> Non
         # sums since the last line of the log are nobody's now; the utterances of ranks that are gone go to those that are there
         state = {**state, "metrics": trainer.update.metrics.state_dict(), "ids": _joined_ids(ranks[rank::world_size])}
     _load_rank_state(trainer, state)
+
+
+def go_on_reading(trainer: Trainer, content: Mapping[str, Any], loader: Loader) -> None:
+    """Let the loader go on where that of a checkpoint was; the same audio lies behind it then, in updates of another size perhaps."""
+    saved, plan, progress = content["plan"], trainer.plan, trainer.progress
+    trainer.position = content["loader"]
+    if trainer.position is None:
+        return
+    progress.epoch_updates = round(saved["seconds_per_update"] * progress.epoch_updates / plan.seconds_per_update)
+    if plan.same_batches(saved):
+        loader.load_state_dict(trainer.position)
+    else:
+        loader.start_at(progress.epoch, progress.epoch_updates * plan.accumulation)
 
 
 def check_same_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from k2ssl.optim.shards import is_sharded_tensor
 from k2ssl.train.inf_check import tensors_in
 
 
@@ -51,9 +52,9 @@ class StatisticsRecorder:
         """Take in parameters and gradients as they are now, and count a step."""
         self.steps += 1
         for name, param in self._model.named_parameters():
-            _add(self._params, name, param)
+            _add(self._params, name, _whole(param))
             if param.grad is not None:
-                _add(self._grads, name, param.grad)
+                _add(self._grads, name, _whole(param.grad))
 
     def to_dict(self) -> dict[str, Any]:
         """All statistics, as plain numbers; waits for the device.
@@ -105,6 +106,11 @@ def _add(sums: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     old = sums.get(name)
     total = new if old is None else old[:4] + new
     sums[name] = torch.cat([total, (largest if old is None else torch.maximum(old[4], largest)).view(1)])
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor of which every rank has a piece, put together on all of them; every rank calls it."""
+    return value.full_tensor() if is_sharded_tensor(value) else value
 
 
 def _summary(sums: Tensor) -> dict[str, float]:

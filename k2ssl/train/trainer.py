@@ -36,7 +36,7 @@ from k2ssl.train.plan import BatchConfig, BatchPlan
 from k2ssl.train.precision import Precision, choose_precision
 from k2ssl.train.recovery import handle, prepare_folder
 from k2ssl.train.sharding import full_state, is_sharded
-from k2ssl.train.state import Progress, checkpoint_content, load_checkpoint_content, load_local_state, local_state
+from k2ssl.train.state import Progress, checkpoint_content, go_on_reading, load_checkpoint_content, load_local_state, local_state
 from k2ssl.train.stop import StopRequest
 from k2ssl.train.update import Moment, Normalization, Sharding, Update
 from k2ssl.train.validation import validate
@@ -169,7 +169,7 @@ class Trainer:
             DivergedError: training diverged again and again.
             ValueError: an epoch without a batch for every rank, or a batch that the model refuses.
         """
-        total = self.config.max_steps or self.expected_steps
+        total = self.expected_steps or self.config.max_steps
         log_folder = self.folder if distributed.is_main() else None
         self.log = TrainingLog(
             log_folder, total_steps=total, resumed_at=self.progress.step, quiet=self.quiet, tensorboard=self.config.tensorboard
@@ -182,6 +182,9 @@ class Trainer:
                     if self.checkpoints is not None:
                         self.checkpoints.wait()
             status = "interrupted" if self.stopping else "done"
+        except (KeyboardInterrupt, SystemExit):  # a second signal
+            status = "interrupted"
+            raise
         finally:
             try:
                 if self.checkpoints is not None:
@@ -242,15 +245,12 @@ class Trainer:
             raise ValueError(f"{path}: this run cannot go on from it: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        self.position = content["loader"]
-        if self.position is not None and self.plan.same_batches(content["plan"]):
-            loader.load_state_dict(self.position)
-        elif self.position is not None:
-            # the same audio lies behind us, in updates of another size perhaps
-            before = content["plan"]["seconds_per_update"] * self.progress.epoch_updates
-            self.progress.epoch_updates = round(before / self.plan.seconds_per_update)
-            loader.start_at(self.progress.epoch, self.progress.epoch_updates * self.plan.accumulation)
-        self._validated = self._saved = self._resumed = self.progress.step
+        go_on_reading(self, content, loader)
+        self._saved = self._resumed = step = self.progress.step
+        self._meter = Meter(step)
+        # a run may have died in the validation after its last step
+        if distributed.broadcast_object(self.checkpoints is not None and self.checkpoints.has_score(step)):
+            self._validated = step
         return self.plan.changes(content["plan"])
 
     def state_dict(self) -> dict[str, Any]:

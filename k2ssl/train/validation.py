@@ -56,7 +56,7 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
 @contextmanager
 def _averaged(trainer: Trainer) -> Iterator[None]:
     """Inside, every rank's model has the averaged weights, if validation is to use them and there is an average yet."""
-    if not trainer.config.valid_average or trainer.progress.step < trainer.config.average_period:
+    if not trainer.config.valid_average or not distributed.broadcast_object(trainer.average is not None and trainer.average.step > 0):
         yield
         return
     weights = [value for value in trainer.model.state_dict().values() if value.is_floating_point()]

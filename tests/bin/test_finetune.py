@@ -92,6 +92,18 @@ class Words:
         return [str(self.folder / "tiny.toml"), "--tokenizer", str(self.tokenizer), "--output", str(output), *options]
 
 
+TRI_STAGE = [
+    "--schedule.name",
+    "tri_stage",
+    "--schedule.lr-batches",
+    "7500",
+    "--schedule.warmup-batches",
+    "5000",
+    "--schedule.warmup-start",
+    "0",
+    "--schedule.max-batches",
+]
+RATIO = ["--schedule.phase-ratio", "0.2", "0.3", "0.5"]
 TINY = """
 device = "cpu"
 quiet = true
@@ -411,6 +423,8 @@ def test_settings_that_cannot_be_are_refused(words: Words, tmp_path: Path, capsy
         (["--model.transducer.prune-range", "4"], "model.transducer: no effect with model.heads ctc"),
         (["--model.heads", "transducer", "--model.ctc.dropout", "0.3"], "model.ctc: no effect with model.heads transducer"),
         (["--model.ctc-scale", "0.3"], "model.ctc_scale: no effect with model.heads ctc"),
+        ([*TRI_STAGE, "9", "--schedule.decay-batches", "5"], "schedule.decay_batches: no effect with schedule.max_batches 9"),
+        ([*TRI_STAGE, "0", "--schedule.decay-batches", "5", *RATIO], "schedule.phase_ratio: no effect with schedule.max_batches 0"),
         (["--init-weights", "average"], "init_weights: no effect without init"),
         (["--init-batch-count", "3"], "init_batch_count: no effect without init"),
         (["--model.heads", "transducer", "--trainer.max-steps", "1999"], "model.warmup_steps is 2000, more than trainer.max_steps, 1999"),

@@ -15,6 +15,7 @@ import torch
 
 from k2ssl.bin import decode, train_lm
 from k2ssl.bin.decode_methods import load_lm
+from k2ssl.bin.folder_lock import alone_in
 from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig
 from k2ssl.decode.lm import NgramLm
 from k2ssl.models.language_model import LanguageModel
@@ -129,6 +130,7 @@ def test_another_run_is_not_gone_on_with(
         (("--dropout", 1), "dropout is 1.0, allowed is 0 <= dropout < 1"),
         (("--max-epochs", 0), "max_epochs is 0"),
         (("--seed", -1), "seed is -1"),
+        (("--seed", 2**63), "TrainLm: seed is 9223372036854775808, a whole number from 0 to 2^63 - 1 is needed"),
         (("--check-text", "none.txt"), "check_text: none.txt: there is no such file"),
         (("--text", "tokenizer.pt"), "tokenizer.pt, line 1: text must be UTF-8"),
         (("--tokenizer", "train.txt"), "train.txt: a k2ssl-tokenizer file is needed"),
@@ -139,6 +141,13 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 ) -> None:
     assert run(*options) == 2
     assert message in capsys.readouterr().err and not Path("lm").exists()
+
+
+def test_a_folder_that_cannot_be_had_is_refused_as_other_settings_are(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    assert run(output="file/lm") == 2 and "cannot write into this folder" in capsys.readouterr().err
+    with alone_in(Path("lm")):
+        assert run() == 2 and "another process works in this folder" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,3 +254,25 @@ def test_every_schedule_can_be_built() -> None:
 def test_bad_schedule_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**options)
+
+
+def test_adamw_goes_on_with_other_groups_by_name() -> None:
+    model = make_model()
+    plain = build_optimizer(OptimConfig(name="adamw", lr=0.01), model)
+    train(model, plain, range(10))
+    other = make_model()
+    other.load_state_dict(model.state_dict())
+    scaled = build_optimizer(OptimConfig(name="adamw", lr=0.01, lr_scales={"head": 0.1}), other)
+    scaled.load_state_dict(plain.state_dict())
+    assert len(scaled.param_groups) > len(plain.param_groups)
+    names = {optimizer: [name for group in optimizer.param_groups for name in group["param_names"]] for optimizer in (plain, scaled)}
+    moments = [
+        {
+            name: optimizer.state[param]["exp_avg"]
+            for name, param in zip(names[optimizer], (param for group in optimizer.param_groups for param in group["params"]), strict=True)
+        }
+        for optimizer in (plain, scaled)
+    ]
+    assert moments[0].keys() == moments[1].keys() and all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+    assert sorted({group["lr"] for group in scaled.param_groups}) == pytest.approx([0.001, 0.01])
+    train(other, scaled, range(10, 12))

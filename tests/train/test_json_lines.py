@@ -94,3 +94,10 @@ def test_other_things_than_plain_values_are_refused_and_leave_nothing(tmp_path: 
             lines.append({"path": tmp_path})
         lines.append({"x": 1})
     assert json.loads((tmp_path / "a").read_text()) == {"x": 1}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_the_name_of_the_file() -> None:
+    lines = JsonLines("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        lines.append({"x": 1})

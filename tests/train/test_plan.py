@@ -67,3 +67,8 @@ def test_what_changed_since_a_checkpoint_is_told() -> None:
 def test_seconds_out_of_range_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"BatchConfig: {name} is {value}, a finite number of seconds > 0 is needed"):
         replace(PUBLISHED, **{name: value})
+
+
+def test_micro_batches_without_end_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"seconds_per_micro_batch is 1e-300, at least a millionth of seconds_per_update, 4800.0"):
+        BatchConfig(4800.0, 1e-300)

@@ -27,6 +27,7 @@ from k2ssl.optim.shards import local
 from k2ssl.train.memory import PeakMemory
 from k2ssl.train.preflight import preflight
 from k2ssl.train.sharding import average_replicated_gradients, full_state, gradient_norm, is_sharded, load_full_state, shard
+from k2ssl.train.statistics import StatisticsRecorder
 
 _STEPS = {"scaled_adam": 20, "adamw": 7}
 _RESUMED = 3  # the last steps, done again from a saved state; within a size-update period
@@ -158,6 +159,15 @@ def _compare(optimizer: str, folder: Path) -> None:
     if optimizer == "scaled_adam":
         reports = [training.optimizer.clipping_report() for training in (replicated, sharded)]
         result["reports"] = [{key: report[key] for key in ("clipped", "non_finite")} for report in reports]
+    replicated.parallel.load_state_dict(
+        {f"module.{name}": value for name, value in _through_a_file(sharded.full(), folder)["model"].items()}
+    )
+    replicated.model.clock.load_state_dict(sharded.model.clock.state_dict())
+    for name, training in (("replicated", replicated), ("sharded", sharded)):
+        with StatisticsRecorder(training.model) as recorder:
+            training.step(steps)  # gradients stay
+            recorder.end_step()
+        result[f"{name}_statistics"] = recorder.to_dict()["parameters"]
     torch.save(result, folder / f"{rank}.pt")
 
 
@@ -230,6 +240,14 @@ def test_a_preflight_puts_the_pieces_back_bit_by_bit_and_reports_the_largest_pea
     reported, own = zip(*(result["peaks"] for result in compared), strict=True)
     assert reported[0] == reported[1] == pytest.approx(max(own), rel=0.02)
     assert min(own) < 0.95 * max(own)
+
+
+def test_statistics_are_those_of_whole_parameters_on_every_rank(compared: list[dict[str, Any]]) -> None:
+    for result in compared:
+        whole, pieces = result["replicated_statistics"], result["sharded_statistics"]
+        assert list(whole) == list(pieces)
+        for name, values in whole.items():
+            assert pieces[name] == pytest.approx(values, rel=1e-6, abs=1e-9, nan_ok=True), name
 
 
 def test_only_rank_0_gets_the_whole_state(compared: list[dict[str, Any]]) -> None:
