@@ -243,7 +243,7 @@ parse_options() {
         *) refuse "$1 is not an option" ;;
         esac
         _name=${_name//-/_}
-        grep -qx -- "$_name" <<<"$(_option_names)" || refuse "unknown option $1"
+        grep -Fqx -- "$_name" <<<"$(_option_names)" || refuse "unknown option $1"
         [ $# -ge 2 ] && [[ $2 != --* ]] || refuse "$1 needs a value"
         printf -v "$_name" %s "$2"
         _given+="$_name "
@@ -284,8 +284,18 @@ unless_given() { given "$1" || printf -v "$1" %s "$2"; }
 need_whole_numbers() {
     local _name
     for _name in "$@"; do
-        [[ ${!_name} =~ ^[0-9]+$ ]] || refuse "--${_name//_/-} is ${!_name}, a whole number >= 0 is needed"
+        # Bash would take a number that begins with 0 for an octal one
+        [[ ${!_name} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--${_name//_/-} is ${!_name}, a whole number >= 0 without zeros before it is needed"
     done
+}
+
+# is_one_of WORD OTHER...: whether the word is among the others.
+is_one_of() {
+    local _other
+    for _other in "${@:2}"; do
+        [ "$_other" != "$1" ] || return 0
+    done
+    return 1
 }
 
 # need_lists NAME...: refuse options that are empty where a list with commas is needed.

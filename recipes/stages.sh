@@ -76,7 +76,7 @@ _train() {
     fi
     shift 5
     local _trains=true # or only measures something
-    [[ ! " ${extra[*]-} " =~ " --"(estimate|tune|diagnose)" " ]] || _trains=false
+    [[ ! " ${extra[*]-} " =~ " --"(estimate|tune|diagnose)[\ =] ]] || _trains=false
     $dry_run || ! $_trains || rm -f "$out/$_run/finished"
     launch "k2ssl.bin.$_program" "${_confs[@]}" --output "$out/$_run" ${_length[@]+"${_length[@]}"} --trainer.keep.save-every "$_averaged" \
         --trainer.keep.keep-every "$_keep" --trainer.keep.keep-last 2 --data.num-workers "$num_workers" --seed "$seed" --device "$device" \

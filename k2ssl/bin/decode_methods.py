@@ -373,7 +373,7 @@ def read_lexicon(path: str, tokenizer: Tokenizer, delimiter: str) -> Lexicon:
 def _read_lines(path: str, parse: Callable[[str], T]) -> list[T]:
     found = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no text in UTF-8: {error}") from error
     for number, line in enumerate(lines, start=1):

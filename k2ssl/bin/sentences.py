@@ -35,6 +35,7 @@ class Sentences:
         self.unknown = 0
         for path in self.text:
             for number, line in enumerate(_lines(path), start=1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a mark of the encoding
                 if sentence := self._cut_up(line, f"{path}, line {number:,}"):
                     yield sentence
         for path in self.cuts:
@@ -56,7 +57,8 @@ class Sentences:
                 return []
             self.unknown += len(self.tokenizer.outside(text))
             return [self.tokenizer.symbols[token] for token in self.tokenizer.encode(text, "mark")]
-        words = self.normalization(text).split()
+        # in capitals too it is the word that stands for all that are unknown, see `NgramLm`
+        words = ["<unk>" if word == "<UNK>" else word for word in self.normalization(text).split()]
         for mark in ("<s>", "</s>"):
             if mark in words:
                 raise ValueError(f"{place}: holds the word {mark}, which marks a sentence's end and is put there by itself; remove it")

@@ -172,7 +172,8 @@ def _table(counts: NgramCounts, model: Arpa, unit: str) -> str:
 def _perplexities(checks: Sequence[Sentences], named: bool, tokenizer: Tokenizer | None, model: Arpa, unit: str) -> str:
     from k2ssl.decode.lm import NgramLm
 
-    pieces = ("<blk>", "<unk>", *model.words[3:]) if tokenizer is None else tokenizer.symbols
+    # blank, which no text has, has the name of no word
+    pieces = ("", "<unk>", *model.words[3:]) if tokenizer is None else tokenizer.symbols
     lm = NgramLm(model, pieces)
     lines = []
     for check in checks:

@@ -30,7 +30,7 @@ from k2ssl.bin.output_file import check_output
 from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.refusal import refusing
-from k2ssl.bin.transcribe_audio import STDIN, AudioReader, recognize
+from k2ssl.bin.transcribe_audio import STDIN, AudioReader, check_windows, recognize
 from k2ssl.bin.transcribe_formats import Format, Transcript, formatted, name_of
 from k2ssl.models.load import Weights
 from k2ssl.train.precision import Precision, choose_precision
@@ -117,6 +117,7 @@ def transcribe(job: Transcribe) -> None:
     with refusing():
         trained = load_trained((job.checkpoint,), job.weights, None, device, choose_precision(job.precision, device))
         recognizer = build_recognizer(_method(job, trained), job.search, trained)
+        check_windows(trained, job.window_seconds, job.overlap_seconds)
     unread = 0
     with _sink(job.output) as write, AudioProgress("transcribe", None) as progress:
         reader = AudioReader(trained.sample_rate, trained.normalize)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from k2ssl.bin.decode_methods import Recognizer
+from k2ssl.bin.decode_model import TrainedModel
 from k2ssl.decode.hypotheses import Hypothesis
 
 _log = logging.getLogger(__name__)
@@ -97,6 +98,19 @@ def windows(num_samples: int, window: int, overlap: int, samples_per_frame: int)
     step = max(1, (window - overlap) // samples_per_frame) * samples_per_frame
     begins = range(0, max(1, num_samples - window + step), step)
     return [Window(begin, min(begin + window, num_samples), begin // samples_per_frame) for begin in begins]
+
+
+def check_windows(trained: TrainedModel, window_seconds: float, overlap_seconds: float) -> None:
+    """
+    Raises:
+        ValueError: windows too short for the model: without a frame, or with less than a frame that the window before does not have.
+    """
+    window, overlap = round(window_seconds * trained.sample_rate), round(overlap_seconds * trained.sample_rate)
+    if not trained.has_frame(window) or window - overlap < round(trained.seconds_per_frame * trained.sample_rate):
+        raise ValueError(
+            f"window_seconds is {window_seconds} and overlap_seconds {overlap_seconds}; a window must give a frame, and be longer than the "
+            f"overlap by one frame ({trained.seconds_per_frame:g} s)"
+        )
 
 
 def recognize(audio: Tensor, recognizer: Recognizer, window_seconds: float, overlap_seconds: float, batch: int) -> Hypothesis:

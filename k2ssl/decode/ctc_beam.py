@@ -39,9 +39,8 @@ def prefix_beam_search(
 ) -> list[list[Hypothesis]]:
     """The token sequences with the highest score: log-probability + lm_scale * that of the language model + token_score * length.
 
-    The language model's part is counted at every token, and with `lm_final` at the end that of the end. Utterances do not influence each other: hypotheses
-    and scores are bit by bit the same in any batch, as long as the language model's are (one that multiplies matrices may differ in the
-    last digits).
+    The language model's part is counted at every token, and with `lm_final` at the end that of the end. Utterances do not influence each other:
+    hypotheses are the same in any batch, scores up to the rounding of sums.
 
     Args:
         log_probs: (N, T, V) log-probabilities.

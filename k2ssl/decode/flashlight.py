@@ -13,7 +13,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -125,7 +125,8 @@ class FlashlightSearch:
         needed = [word for word in (ids if lexicon is None else lexicon) if word != UNKNOWN]
         model = decoder.ZeroLM() if lm is None else _read_lm(lm, words, needed, all_of_them=lexicon is None)
         self._num_words = 0 if lexicon is None else len(lexicon)
-        self._spelled: set[tuple[int, ...]] = set()  # the words, without the delimiter
+        self._words = () if lexicon is None else tuple(lexicon)
+        self._spelled: dict[tuple[int, ...], str] = {}  # words by their spelling, without the delimiter
         self._trie = None if lexicon is None else self._build_trie(decoder, lexicon, ids, model)
         self._model = model  # the package does not keep it alive
         self._decoder = self._build_decoder()
@@ -179,20 +180,32 @@ class FlashlightSearch:
             emissions[-1, self._silence] = 0.0
         if not len(emissions):
             return [Hypothesis((), 0.0)]
-        found: dict[tuple[int, ...], float] = {}
+        found: dict[tuple[int, ...], tuple[float, tuple[str, ...] | None]] = {}
         for result in self._decoder.decode(emissions.data_ptr(), *emissions.shape):
             # a place before the first frame and one behind the last, which tells how the end was reached
             path = result.tokens[1 : 1 + len(log_probs)]
             end = self._end_of_words(path, result.words[1:])
+            words = self._words_of(result.words[1:], path, end)
             if end is not None:  # the package gives whole words alone where there are any
-                return [_aligned(self._collapse(path[:end]), log_probs.clamp(min=_NEVER), self.blank)]
-            found.setdefault(self._collapse(path), result.score)  # words of the same spelling are one hypothesis
+                return [replace(_aligned(self._collapse(path[:end]), log_probs.clamp(min=_NEVER), self.blank), words=words)]
+            found.setdefault(self._collapse(path), (result.score, words))  # words of the same spelling are one hypothesis
             if len(found) == num_hypotheses:
                 break
-        transcripts, scores = list(found), list(found.values())
+        transcripts = list(found)
         lens = torch.full((len(transcripts),), len(log_probs))
         begins = token_begins(log_probs.expand(len(transcripts), -1, -1), lens, transcripts, self.blank)
-        return [Hypothesis(*parts) for parts in zip(transcripts, scores, begins, strict=True)]
+        return [Hypothesis(tokens, score, at, words) for (tokens, (score, words)), at in zip(found.items(), begins, strict=True)]
+
+    def _words_of(self, words: Sequence[int], path: Sequence[int], end: int | None) -> tuple[str, ...] | None:
+        """The words of the lexicon by their numbers, -1 for none; of a path that counts up to `end` also the last, if it is not told there."""
+        if self._trie is None:
+            return None
+        ends = [frame + 1 for frame, word in enumerate(words) if word >= 0]
+        rest = self._unfinished(path[max(ends, default=0) : end]) if end is not None else ()
+        return (*(self._words[words[frame - 1]] for frame in ends), *([self._spelled[rest]] if rest in self._spelled else []))
+
+    def _unfinished(self, path: Sequence[int]) -> tuple[int, ...]:
+        return tuple(token for token in self._collapse(path) if token != self._silence)
 
     def _collapse(self, path: Sequence[int]) -> tuple[int, ...]:
         return tuple(token for token, _ in groupby(path) if token != self.blank)
@@ -205,7 +218,7 @@ class FlashlightSearch:
         if self._trie is None:
             return None
         end = max((frame + 1 for frame, word in enumerate(words) if word >= 0), default=0)
-        rest = tuple(token for token in self._collapse(path[end:]) if token != self._silence)
+        rest = self._unfinished(path[end:])
         return None if not rest else len(path) if rest in self._spelled else end
 
     def _build_decoder(self) -> Any:
@@ -240,7 +253,7 @@ class FlashlightSearch:
                     raise ValueError(f"lexicon: the spelling of {word!r} does not end with the delimiter {self.config.delimiter!r}")
                 tokens = [ids[piece] for piece in spelling]
                 trie.insert(tokens, number, score)
-                self._spelled.add(tuple(tokens[:-1] if self._ends_words else tokens))
+                self._spelled.setdefault(tuple(tokens[:-1] if self._ends_words else tokens), word)
         trie.smear(decoder.SmearingMode.MAX)
         return trie
 

@@ -28,6 +28,9 @@ VERSION = 1
 _log = logging.getLogger(__name__)
 
 
+PLAIN_RULE = "as-is, nfc"  # how k2ssl.bin.decode itself compares texts
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a run used over all its starts; see `k2ssl.train.ledger.LedgerTotal`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2ssl.report.card import Card, Wer, base_of, card_of
+from k2ssl.report.card import PLAIN_RULE, Card, Wer, base_of, card_of
 from k2ssl.report.origin import output_in, read_json, sha256_of, shown
 from k2ssl.structure import from_dict
 from k2ssl.train.ledger import LEDGER, total
@@ -22,8 +22,7 @@ Interval = Callable[[Path], tuple[float, float]]
 
 _SKIPPED = {"checkpoints", "tensorboard", "incidents"}  # large, and nothing of ours to find there
 # Options at values that change nothing.
-_NEUTRAL = {"nbest": 1, "max_symbols_per_frame": 1, "blank_penalty": 0.0, "temperature": 1.0, "token_score": 0.0, "word_score": 0.0}
-_PLAIN_RULE = "as-is, nfc"  # how k2ssl.bin.decode itself counts
+_NEUTRAL = {"max_symbols_per_frame": 1, "blank_penalty": 0.0, "temperature": 1.0, "token_score": 0.0, "word_score": 0.0}
 _IN_WORDS = {"errors": "errors", "reference": "words"}
 
 _STEP = re.compile(r"step-0*(\d+)\.pt")
@@ -172,10 +171,10 @@ def _short_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Of every folder as many of the last parts of its path as tell it from the others."""
     names: dict[Path, str] = {}
     for folder in folders:
-        for length in range(1, len(folder.parts)):
+        for length in range(1, len(folder.parts) + 1):
             tail = folder.parts[-length:]
             if sum(other.parts[-length:] == tail for other in folders) == 1:
-                names[folder] = "/".join(tail)
+                names[folder] = str(Path(*tail))
                 break
     return names
 
@@ -206,7 +205,7 @@ def _decoding(folder: Path, scores: Mapping[Path, Mapping[str, Any]], interval: 
 
 def _wer(folder: Path, record: Mapping[str, Any], score: Mapping[str, Any] | None, interval: Interval, remarks: list[str]) -> Wer:
     what, result = record["what"], record["result"]
-    counts = {**result["words"], "rate": result["wer"], "rule": _PLAIN_RULE}
+    counts = {**result["words"], "rate": result["wer"], "rule": PLAIN_RULE}
     unlike = [] if score is None else [name for name in _same_for(score["rule"]) if score["word"].get(name) != counts[name]]
     if score is not None and unlike:
         remarks.append(
@@ -244,7 +243,7 @@ def _wer(folder: Path, record: Mapping[str, Any], score: Mapping[str, Any] | Non
 
 def _same_for(rule: str) -> tuple[str, ...]:
     """The counts in which a score by a rule and the decoding itself must agree: casing can change errors, but no number of words."""
-    return ("errors", "reference") if rule == _PLAIN_RULE else ("reference",)
+    return ("errors", "reference") if rule == PLAIN_RULE else ("reference",)
 
 
 def _interval(folder: Path, interval: Interval, remarks: list[str]) -> tuple[float | None, float | None]:
@@ -271,7 +270,7 @@ def _scores(folders: Sequence[Path], remarks: list[str]) -> dict[Path, dict[str,
         rule = f"{content.get('casing')}, {content.get('unicode')}"
         for entry in content["files"]:
             hypotheses = _hypotheses(str(entry.get("path")), folder)
-            if hypotheses is not None and (hypotheses not in found or rule == _PLAIN_RULE):
+            if hypotheses is not None and (hypotheses not in found or rule == PLAIN_RULE):
                 found[hypotheses] = {**entry, "rule": rule, "file": path}
     return found
 
@@ -285,9 +284,10 @@ def _hypotheses(path: str, folder: Path) -> Path | None:
 
 
 def _search_text(method: str, options: Mapping[str, Any]) -> str:
+    """The search in words, without the language model, and without the number of alternatives, which changes nothing of the best one."""
     words = []
     for name, value in options.items():
-        if name in ("lm", "lm_scale") or value is None or value is False or (name in _NEUTRAL and value == _NEUTRAL[name]):
+        if name in ("lm", "lm_scale", "nbest") or value is None or value is False or (name in _NEUTRAL and value == _NEUTRAL[name]):
             continue
         name = name.replace("_", " ")
         words.append(name if value is True else f"{name} {Path(value).name if isinstance(value, str) else f'{value:g}'}")

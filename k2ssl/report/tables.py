@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from k2ssl.report.card import Card, Wer
+from k2ssl.report.card import PLAIN_RULE, Card, Wer
 from k2ssl.report.chain import Cost, Part
 from k2ssl.report.document import Table
 
@@ -66,7 +66,8 @@ def set_names(systems: Sequence[System]) -> dict[tuple[str, str], str]:
 def wer_tables(systems: Sequence[System]) -> dict[bool, Table]:
     """Error rates of systems by set and what they cost in all; results with a language model (True) and without (False) in tables of their own."""
     names = set_names(systems)
-    return {with_lm: table for with_lm in (False, True) if (table := _wer_table(systems, names, with_lm)) is not None}
+    rules = sorted({wer.rule for system in systems for wer in system.results})
+    return {with_lm: table for with_lm in (False, True) if (table := _wer_table(systems, names, with_lm, rules)) is not None}
 
 
 def results_table(systems: Sequence[System]) -> Table:
@@ -223,12 +224,12 @@ def hours_text(part: Part) -> str:
     return " + ".join(shown) or UNKNOWN
 
 
-def _wer_table(systems: Sequence[System], names: Mapping[tuple[str, str], str], with_lm: bool) -> Table | None:
+def _wer_table(systems: Sequence[System], names: Mapping[tuple[str, str], str], with_lm: bool, rules: Sequence[str]) -> Table | None:
+    """`rules`: all by which texts were compared anywhere in the report."""
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     sets: list[str] = []
     shown = [replace(system, results=tuple(wer for wer in system.results if (wer.lm is not None) == with_lm)) for system in systems]
     results = [wer for system in shown for wer in system.results]
-    several_rules = len({wer.rule for wer in results}) > 1
     for system in shown:
         for wer in system.results:
             name = names[wer.test_set, wer.cuts]
@@ -236,25 +237,26 @@ def _wer_table(systems: Sequence[System], names: Mapping[tuple[str, str], str], 
             search = _search(wer)
             if len({tuple(sorted(other.files.items())) for other in results if _search(other) == search}) > 1:  # of one name
                 search += f" [{', '.join(sha[:6] for _, sha in sorted(wer.files.items()))}]"
-            search += f" ({wer.rule})" if several_rules else ""
+            search += f" ({wer.rule})" if len(rules) > 1 else ""
             row = cells.setdefault((system.name, search, wer.weights, _hours(system.cost)), {})
             row[name] = f"{row[name]}; {_rate(wer)}" if name in row else _rate(wer)
     if not cells:
         return None
     rows = [(*words, *(row.get(name, UNKNOWN) for name in sets), hours) for (*words, hours), row in cells.items()]
     header = ("System", "Search", "Weights", *(f"{name}: WER % [95 % interval] errors/words" for name in sets), "Hours in all")
-    return Table(f"wer-{'lm' if with_lm else 'no-lm'}", header, tuple(rows), tuple(_differences(shown, names)))
+    return Table(f"wer-{'lm' if with_lm else 'no-lm'}", header, tuple(rows), tuple(_differences(shown, names, rules)))
 
 
-def _differences(systems: Sequence[System], names: Mapping[tuple[str, str], str]) -> list[str]:
+def _differences(systems: Sequence[System], names: Mapping[tuple[str, str], str], rules: Sequence[str]) -> list[str]:
     """What keeps rows from being comparable."""
     notes = []
     several = [name for (test_set, _), name in names.items() if name != test_set]
     if several:
         notes.append(f"Not comparable: {', '.join(several)} have the same name and hold other utterances.")
-    rules = sorted({wer.rule for system in systems for wer in system.results})
     if len(rules) > 1:
         notes.append(f"Not comparable: texts were compared by different rules ({'; '.join(rules)}).")
+    elif rules and rules[0] != PLAIN_RULE:
+        notes.append(f"Texts were compared by the rule {rules[0]}.")
     notes += _unlike_hours([system for system in systems if system.results])
     by_updates: dict[int, list[str]] = {}
     for system in systems:

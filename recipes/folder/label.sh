@@ -38,14 +38,14 @@ splits=()
 for folder in "${folders[@]}"; do
     split=$(basename "$(realpath -ms -- "$folder")") # the real name of `.`, but of a link its own
     [ "$split" != / ] || refuse "--audio-dir is $folder, which has no name; name a folder below it"
-    [[ " ${splits[*]-} " != *" $split "* ]] || refuse "--audio-dir names two folders called $split"
+    ! is_one_of "$split" ${splits[@]+"${splits[@]}"} || refuse "--audio-dir names two folders called $split"
     splits+=("$split") manifests+=("$out/cuts/cuts_$split.jsonl.gz")
 done
 if [ -n "$cuts" ]; then
     for manifest in "${manifests[@]}"; do
         [[ $(basename "$manifest") =~ ^cuts_(.+)\.jsonl\.gz$ ]] || refuse "--cuts is $manifest, a file named cuts_SPLIT.jsonl.gz is needed"
         split=${BASH_REMATCH[1]}
-        [[ " ${splits[*]-} " != *" $split "* ]] || refuse "--cuts names two manifests called cuts_$split.jsonl.gz"
+        ! is_one_of "$split" ${splits[@]+"${splits[@]}"} || refuse "--cuts names two manifests called cuts_$split.jsonl.gz"
         splits+=("$split")
     done
 fi

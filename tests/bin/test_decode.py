@@ -531,6 +531,16 @@ def test_without_the_extra_the_searches_that_need_it_say_how_to_get_it(
     assert "not installed: pip install" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_word_of_the_lexicon_is_written_however_it_is_spelled(reader: Any, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    pytest.importorskip("flashlight.lib.text.decoder")
+    words = sorted({word for text in reader.texts() for word in text.split()})
+    lines = [f"{word.lower()}x {' '.join(word)}" for word in words]
+    (tmp_path / "lexicon.txt").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    assert decode.main(command("--search.lexicon", str(tmp_path / "lexicon.txt"), method="ctc-lexicon")) == 0
+    heard = [word for one in results(tmp_path / "out") for word in one.hyp.split()]
+    assert len(heard) > 10 and set(heard) <= {f"{word.lower()}x" for word in words}
+
+
 def test_a_search_with_a_lexicon_finds_its_words_only(reader: Any, command: Callable[..., list[str]], tmp_path: Path) -> None:
     pytest.importorskip("flashlight.lib.text.decoder")
     assert decode.main(command(output="free", method="ctc-lexicon-free")) == 0

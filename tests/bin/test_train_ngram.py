@@ -224,3 +224,11 @@ def test_unknown_characters_are_counted_anew_in_every_pass(text: Path) -> None:
     sentences = Sentences((str(text),), (), tokenizer=LetterTokenizer("acdehmnots", NormalizationConfig()))
     for _ in range(2):
         assert len(list(sentences)) == 4 and sentences.unknown == 3
+
+
+def test_words_that_look_like_symbols_of_a_tokenizer_are_words_and_a_mark_of_the_encoding_is_none(tmp_path: Path) -> None:
+    for name, content in (("plain", "a b <unk> c\na b\nb <blk> a\n"), ("marked", "\ufeffa b <UNK> c\na b\nb <blk> a\n")):
+        (tmp_path / f"{name}.txt").write_text(content, encoding="utf-8")
+        assert run(tmp_path / f"{name}.arpa", "--text", tmp_path / f"{name}.txt", "--order", 2) == 0
+    assert (tmp_path / "plain.arpa").read_bytes() == (tmp_path / "marked.arpa").read_bytes()
+    assert {"a", "b", "c", "<blk>", "<unk>"} < set(entries(tmp_path / "marked.arpa"))

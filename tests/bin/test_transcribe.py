@@ -260,6 +260,11 @@ def test_captions_end_at_pauses_and_before_they_grow_too_long() -> None:
         (["AUDIO", "--search.max-symbols-per-frame", "2"], "which has no effect with method 'modified-beam'"),
         (["AUDIO", "--overlap-seconds", "20"], "at most half of them"),
         (["AUDIO", "--batch-windows", "0"], "batch_windows is 0"),
+        (
+            ["AUDIO", "--window-seconds", "0.03", "--overlap-seconds", "0.01"],
+            "window_seconds is 0.03 and overlap_seconds 0.01; a window must",
+        ),
+        (["AUDIO", "--window-seconds", "0.06", "--overlap-seconds", "0.03"], "longer than the overlap by one frame (0.04 s)"),
         ([], "audio"),
     ],
 )

@@ -359,3 +359,23 @@ def test_a_lexicon_is_spelled_as_the_tokenizer_spells() -> None:
     found = spellings(["ab", "b", "ab"], lambda word: [PIECES.index(letter) for letter in word], PIECES, "|")
     assert found == {"ab": [["a", "b", "|"]], "b": [["b", "|"]]}
     assert spellings(["b"], lambda word: [2], PIECES) == {"b": [["b"]]}
+
+
+@pytest.mark.usefixtures("package")
+@pytest.mark.parametrize("delimiter", ["", "|"])
+def test_the_words_of_the_lexicon_are_told_however_they_are_spelled(delimiter: str) -> None:
+    def heard(path: list[int], lexicon: dict[str, str], beam: int = 100) -> tuple[str, ...] | None:
+        log_probs = torch.full((1, len(path), 4), 0.02).log()
+        log_probs[0, torch.arange(len(path)), torch.tensor(path)] = math.log(0.94)
+        config = FlashlightConfig(beam=beam, delimiter=delimiter, word_score=-0.1)
+        spelled = {word: [[*spelling, *delimiter]] for word, spelling in lexicon.items()}
+        ((best,),) = FlashlightSearch(config, PIECES, 0, spelled).search(log_probs, torch.tensor([len(path)]))
+        return best.words
+
+    lexicon = {"ONE": "ab", "TWO": "b", "THREE": "bbaa"}
+    assert heard([1, 2, *([3] if delimiter else [0]), 2, 0], lexicon) == ("ONE", "TWO")
+    assert heard([1, 2, 0, 2, 1, *([3] if delimiter else [0]), 0, 1, 2, 0, 2], {"LONG": "abba"}, beam=1) == ("LONG",)  # and one cut off
+    assert heard([1, 2, 2], {"ONE": "ab", "LONG": "abba"}, beam=1) == ("ONE",)  # the beginning of a longer one
+    assert (
+        FlashlightSearch(FlashlightConfig(), PIECES, 0).search(torch.zeros(1, 1, 4).log_softmax(2), torch.tensor([1]))[0][0].words is None
+    )

@@ -359,8 +359,9 @@ def test_the_mean_is_taken_of_finished_runs_only_and_again_when_they_have_gone_o
         unfinished = staged.run(*only(4), "--steps", steps)
         assert unfinished.returncode == 1 and "has not come to its end" in unfinished.stderr
     staged.program('printf "%s|" "$@"')
-    assert staged.run(*only(3), "--", "--estimate", "True").returncode == 0
-    assert staged.run(*only(4), "--steps", "45").returncode == 1
+    for measures in (("--estimate", "True"), ("--estimate=True",), ("--diagnose=profile", "--seed", "1")):
+        assert staged.run(*only(3), "--", *measures).returncode == 0
+        assert staged.run(*only(4), "--steps", "45").returncode == 1
     assert staged.run(*only(3)).returncode == 0
     for steps in ("45", ""):
         shown = staged.run(*only(4), "--steps", steps).stdout

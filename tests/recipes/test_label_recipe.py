@@ -82,6 +82,9 @@ def test_a_dry_run_shows_every_command_and_does_nothing(tmp_path: Path) -> None:
         (["--audio-dir", "a", "--cuts", "cuts_a.jsonl.gz"], "--audio-dir and --cuts are both given"),
         (["--cuts", "train.jsonl.gz"], "--cuts is train.jsonl.gz, a file named cuts_SPLIT.jsonl.gz"),
         (["--cuts", "x/cuts_a.jsonl.gz,y/cuts_a.jsonl.gz"], "two manifests called cuts_a.jsonl.gz"),
+        (["--audio-dir", "x/talk one,y/talk one"], "two folders called talk one"),
+        (["--audio-dir", "a", "--s.ed", "3"], "unknown option --s.ed"),
+        (["--audio-dir", "a", "--ngpu", "08"], "--ngpu is 08, a whole number >= 0 without zeros before it is needed"),
         (["--audio-dir", "a", "--features", "layer6"], "needs --checkpoint"),
         (["--audio-dir", "a", "--features", "fbank"], "mfcc, layerN and stackN are known"),
         (["--audio-dir", "a", "--checkpoint", "m.pt"], "of no use with --features mfcc"),
@@ -102,6 +105,12 @@ def test_a_split_has_the_name_of_its_folder_however_that_is_given(tmp_path: Path
     done = label("--audio-dir", given, "--out", tmp_path / "exp", "--dry-run", folder=folder)
     assert done.returncode == 0, done.stderr
     assert f"--split {split} " in done.stdout and f"/cuts_{split}.jsonl.gz" in done.stdout and f"/labels/{split} " in done.stdout
+
+
+def test_a_folder_may_have_the_name_of_a_word_in_anothers_name(tmp_path: Path) -> None:
+    done = label("--audio-dir", "x/talk one,y/one,z/talk", "--out", tmp_path / "exp", "--dry-run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(f"labels/{split}" in done.stdout for split in ("one", "talk", "talk\\ one"))
 
 
 def test_manifests_that_are_there_take_the_place_of_folders(tmp_path: Path) -> None:

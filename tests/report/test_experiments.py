@@ -12,6 +12,7 @@ import pytest
 
 from k2ssl.bin.report import interval
 from k2ssl.bin.score import main as score
+from k2ssl.report import experiments
 from k2ssl.report.experiments import Experiments, find
 
 
@@ -239,3 +240,13 @@ def test_folders_without_anything_are_refused(world: Any, tmp_path: Path) -> Non
         look(world, "empty")
     with pytest.raises(ValueError, match="labels: no runs"):
         look(world, "out/mfcc/labels")
+
+
+def test_folders_are_told_apart_by_their_whole_path_if_need_be_and_alternatives_are_no_other_search() -> None:
+    assert experiments._short_names([Path("/run"), Path("/x/run")]) == {Path("/run"): "/run", Path("/x/run"): "x/run"}
+    options = {"beam": 4, "nbest": 2}
+    assert (
+        experiments._search_text("modified-beam", options)
+        == experiments._search_text("modified-beam", {"beam": 4})
+        == "modified-beam, beam 4"
+    )

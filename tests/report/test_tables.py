@@ -91,6 +91,11 @@ def test_unequal_fine_tuning_and_rules_are_noted() -> None:
     table = wer_tables([system("one", wer()), system("two", wer(rule="lower, nfc"), finetuning_updates=70)])[False]
     assert any("Fine-tuning updates differ: 50: one; 70: two" in note for note in table.notes)
     assert any("as-is, nfc; lower, nfc" in note for note in table.notes)
+    lower = wer_tables([system("one", wer(rule="lower, nfc"))])[False]
+    assert lower.notes == ("Texts were compared by the rule lower, nfc.",)
+    with_lm = wer_tables([system("one", wer(), wer(lm="an4.lm", rule="lower, nfc"))])  # of two tables each has one rule
+    assert all(any("as-is, nfc; lower, nfc" in note for note in table.notes) for table in with_lm.values()) and len(with_lm) == 2
+    assert "(lower, nfc)" in with_lm[True].rows[0][1] and "(as-is, nfc)" in with_lm[False].rows[0][1]
     assert wer_tables([system("one", wer()), system("two", wer(), device="1 x Small")])[False].notes == (
         "Not comparable: hours of different devices (Big; Small).",
     )
