@@ -1,10 +1,10 @@
 """From a listing of audio files to a finished manifest: in parts, on several processes, resumable, never half-written.
 
 The listing is cut into parts of a fixed number of files. Each part is read by one process and stored under `cuts_NAME.parts/` under a name
-made of its position and a hash of its files and of the settings; a part that is there is not read again unless an unreadable file of it has changed, so that an
-interrupted run continues where it was, and a changed listing repeats only the parts that changed. (Other files that change without a change
-of their names are not noticed.) At the end the compressed parts are put one after the other (gzip allows it),
-the result is read back once and renamed, and the parts are deleted.
+made of its position and a hash of its files and of the settings; a part that is there is not read again unless an unreadable file of it has
+changed, so that an interrupted run continues where it was, and a changed listing repeats only the parts that changed. (Other files that
+change without a change of their names are not noticed.) At the end the compressed parts are put one after the other (gzip allows it), the
+result is read back once and renamed, and the parts are deleted.
 """
 
 from __future__ import annotations
