@@ -85,9 +85,18 @@ def set_up(device: torch.device | str = "cpu", timeout_minutes: float = 30.0) ->
     assert group is not None
     try:
         yield device
-    finally:
-        _ended.append(group)
-        dist.destroy_process_group()
+    except BaseException:
+        if device.type != "cuda":
+            _leave(group)
+        # NCCL's communicators would wait for the other ranks, which may wait for this one: it is left to the end of the process, upon
+        # which torchrun ends theirs, and the message comes out first
+        raise
+    _leave(group)
+
+
+def _leave(group: dist.ProcessGroup) -> None:
+    _ended.append(group)
+    dist.destroy_process_group()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -209,6 +218,8 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     index = local_rank if device.index is None else device.index
+    if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"distributed.set_up: device is {device}, one GPU for several processes; 'cuda' gives each process one of its own")
     if index >= torch.cuda.device_count():
         raise ValueError(f"distributed.set_up: device is cuda:{index}, but this machine shows {torch.cuda.device_count()} CUDA devices")
     device = torch.device("cuda", index)

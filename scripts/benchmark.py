@@ -28,9 +28,12 @@ def device_here(name: str) -> str:
         ArgumentTypeError: this machine has no such device.
     """
     try:
-        return choose_device(name)
+        chosen = choose_device(name)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if chosen.startswith("cuda:"):
+        torch.cuda.set_device(chosen)  # what asks for no device means this one
+    return chosen
 
 
 class Stopwatch:
@@ -94,6 +97,7 @@ class PeakMemory:
         self.device = device
         self.before = 0
         if device.type == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats(device)
         else:
             self.before = _high_water()
@@ -110,7 +114,8 @@ def in_own_process(script: str, arguments: list[str]) -> dict[str, Any]:
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        return {"error": f"exit status {done.returncode}: {done.stderr.strip()[-400:]}"}
+        # long enough for CUDA's message about memory, a single line of 600 characters that says so at its beginning
+        return {"error": f"exit status {done.returncode}: {done.stderr.strip()[-2000:]}"}
     result: dict[str, Any] = json.loads(lines[-1])
     return result
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +157,32 @@ def test_a_broken_environment_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
             monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message), distributed.set_up():
         pass
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device is cuda:0, one GPU for several processes"), distributed.set_up("cuda:0"):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_gpus_whose_process_fails_do_not_wait_for_the_others(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[object] = []
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_own_device", lambda device, rank: device)
+    monkeypatch.setattr(distributed, "_several", lambda: False)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(distributed.dist, "group", SimpleNamespace(WORLD="group"))
+    monkeypatch.setattr(distributed, "_leave", left.append)
+    with pytest.raises(MemoryError), distributed.set_up(kind):
+        raise MemoryError
+    assert left == ([] if kind == "cuda" else ["group"])
+    with distributed.set_up(kind):
+        left.clear()
+    assert left == ["group"]
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

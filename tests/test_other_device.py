@@ -36,7 +36,7 @@ def _passed(output: str) -> int:
     return int(found[1]) if found else 0
 
 
-def test_training_steps_there_are_those_of_the_cpu_and_wait_for_nothing() -> None:
+def test_training_steps_there_are_those_of_the_cpu_and_wait_for_no_more_than_ctc() -> None:
     assert _passed(_pytest("tests/other_device/checks.py", plugin="apart")) == 15
 
 

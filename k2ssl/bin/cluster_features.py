@@ -66,7 +66,8 @@ class HiddenConfig:
 
 
 def choose_device(name: str) -> str:
-    """`name`, or for "auto" the GPU if there is one.
+    """`name`, or for "auto" the GPU if there is one. Its convolutions in float32 are computed in float32 from then on, as its products are:
+    torch's default for them is TF32, with 10 bits of mantissa.
 
     Raises:
         ConfigError: there is no such kind of device, or none of it here.
@@ -75,6 +76,7 @@ def choose_device(name: str) -> str:
         check_device(name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     here = torch.cuda.device_count() if name.startswith("cuda") else 1

@@ -174,10 +174,16 @@ def triton() -> Iterator[Finding]:
         yield Finding("warning", told, INSTALL) if gpu else Finding("ok", "not installed, and not needed without a GPU")
         return
     try:
+        from k2ssl.losses.transducer_backend import why_no_triton
+
         importlib.import_module("triton")
+        if gpu and (lacking := why_no_triton()):
+            yield Finding("warning", "the transducer loss is computed in PyTorch, slower", lacking)
+            return
         difference = _kernel_difference(module) if gpu else 0.0
     except Exception as error:
-        yield Finding("error" if gpu else "warning", f"{_installed('triton')} does not work: {first_line(error)}", _again("triton"))
+        remedy = why_no_triton() or _again("triton")
+        yield Finding("error" if gpu else "warning", f"{_installed('triton')} does not work: {first_line(error)}", remedy)
         return
     if difference > 1e-4:
         yield Finding("error", f"{_installed('triton')}: the transducer loss differs from PyTorch's by {difference:.2g}", _again("triton"))

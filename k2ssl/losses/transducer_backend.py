@@ -4,7 +4,7 @@
     triton   one fused kernel per recursion, on CUDA devices (on the CPU in Triton's interpreter: TRITON_INTERPRET=1 before the first import)
     k2       k2.mutual_information_recursion, where k2 is installed
 
-"auto", the default, means triton on CUDA devices where it can be imported, else torch. A backend that was asked for and cannot run is an
+"auto", the default, means triton on CUDA devices where it is installed and finds what it compiles with, else torch. A backend that was asked for and cannot run is an
 error, never replaced by another one. Which one runs on a device is logged when first used there.
 """
 
@@ -13,7 +13,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -54,7 +57,7 @@ def lattice_backend(device: torch.device | str) -> Backend:
     """
     device = torch.device(device)
     if _chosen == "auto":
-        return "triton" if device.type == "cuda" and not _not_installed("triton") else "torch"
+        return "triton" if device.type == "cuda" and not why_no_triton() else "torch"
     if why := _cannot_run(_chosen, device):
         raise ValueError(f"lattice_backend: {_chosen!r} was chosen and cannot run on {device}: {why}")
     return _chosen
@@ -65,7 +68,7 @@ def announced_backend(device: torch.device) -> Backend:
     name = lattice_backend(device)
     if (name, device.type) not in _announced:
         _announced.add((name, device.type))
-        fallback = _not_installed("triton") if _chosen == "auto" and device.type == "cuda" else None
+        fallback = why_no_triton() if _chosen == "auto" and device.type == "cuda" else None
         reason = f"; no triton: {fallback}" if fallback else ""
         _log.info("transducer lattice: backend %s on %s (%s%s)", name, device.type, "automatic" if _chosen == "auto" else "chosen", reason)
     return name
@@ -78,6 +81,17 @@ def recursion(name: Literal["torch", "triton"]) -> tuple[NewArcs, Sweep]:
     from k2ssl.losses.transducer_kernel import new_arcs, sweep  # imports triton, which not every machine has
 
     return new_arcs, sweep
+
+
+def why_no_triton() -> str | None:
+    """What Triton lacks to compile its kernels: itself, the C compiler or the headers that its launcher is made with; None: nothing."""
+    if missing := _not_installed("triton"):
+        return missing
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler; install gcc, or name one in the environment variable CC"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Triton finds no Python.h; install the headers of this Python (python3-dev)"
+    return None
 
 
 def _not_installed(name: Backend) -> str | None:

@@ -85,10 +85,16 @@ def available_bytes(device: torch.device | str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch has no class of its own for that on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError, DoesNotFitError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Whether an allocation failed; torch has no class of its own for that on the CPU, nor where a library of the GPU's allocates."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, DoesNotFitError)):
+        return True
+    signs = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUDA error: out of memory",
+        "_STATUS_ALLOC_FAILED",
+        "Cuda failure 'out of memory'",
     )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def gibibytes(number: int) -> str:

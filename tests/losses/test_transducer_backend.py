@@ -189,3 +189,16 @@ def test_a_k2_that_does_not_load_is_refused_with_its_error(monkeypatch: pytest.M
         ValueError, match=r"name is 'k2', which cannot run here: k2 does not load: .*; the wheel that fits is built for torch"
     ):
         use_lattice_backend("k2")
+
+
+def test_automatic_is_torch_where_triton_finds_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, triton=True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(transducer_backend.shutil, "which", lambda name: None)
+    assert lattice_backend("cuda") == "torch" and "no C compiler" in str(transducer_backend.why_no_triton())
+    monkeypatch.setenv("CC", "cc")
+    assert lattice_backend("cuda") == "triton"
+    monkeypatch.setattr(transducer_backend.sysconfig, "get_path", lambda name: "/nowhere")
+    assert lattice_backend("cuda") == "torch" and "Python.h" in str(transducer_backend.why_no_triton())
+    use_lattice_backend("triton")  # asked for, it is not replaced
+    assert lattice_backend("cuda") == "triton"

@@ -31,7 +31,7 @@ waits: Counter[str] = Counter()  # what the host waited for: operation and where
 _INDEXING = {"index", "index_put", "index_put_"}
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_dim", "unique_consecutive"}
 _BETWEEN_DEVICES = {"to", "_to_copy", "copy_"}
-_LENGTHS_ON_THE_HOST = {"_ctc_loss", "_ctc_loss_backward"}  # they want lengths there
+_LENGTHS_ON_THE_HOST = {"_ctc_loss", "_ctc_loss_backward"}  # they want lengths there, and copy them to the device waiting for it
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -152,7 +152,7 @@ def _count_waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], to_ho
         for index in tree_leaves(args[1]):
             if isinstance(index, Tensor) and (index.dtype == torch.bool or not isinstance(index, Apart)):
                 _wait(f"{name} by {'bool' if isinstance(index, Apart) else 'the host'}")
-    elif name in _READS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
+    elif name in _READS | _LENGTHS_ON_THE_HOST or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         _wait(name)
     elif to_host or (name == "copy_" and not isinstance(args[0], Apart)):
         _wait("copy to the host")

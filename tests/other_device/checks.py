@@ -98,7 +98,8 @@ def _losses(case: str, device: torch.device, dtype: torch.dtype) -> list[float]:
     for step in range(4):
         apart.waits.clear()
         update([batch, batch], Moment(0, step, 100.0 * step), guard)
-        assert not apart.waits, apart.waits
+        assert all(what.startswith("_ctc_loss") for what in apart.waits), apart.waits  # torch's kernel; see docs/performance.md
+        assert bool(apart.waits) == (case == "both heads" and device == apart.DEVICE)
         losses.append(update.metrics.reduce()["loss"])
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in update.params)
     return losses
@@ -120,7 +121,7 @@ def _flags_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_updates_wait_for_nothing_and_their_losses_are_those_of_the_cpu(case: str, dtype: torch.dtype) -> None:
+def test_updates_wait_for_no_more_than_ctc_and_their_losses_are_those_of_the_cpu(case: str, dtype: torch.dtype) -> None:
     here, there = (_losses(case, device, dtype) for device in (torch.device("cpu"), apart.DEVICE))
     assert there == pytest.approx(here, rel=1e-3 if dtype == torch.float32 else 0.03)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,12 @@ def test_a_failed_measurement_is_reported_and_does_not_stop_the_others(benchmark
     script = tmp_path / "fails.py"
     script.write_text("import sys\nsys.exit('out of luck')\n")
     assert benchmark.in_own_process(str(script), [])["error"] == "exit status 1: out of luck"
+
+
+def test_the_beginning_of_a_long_message_is_not_lost(benchmark: ModuleType, tmp_path: Path) -> None:
+    program = tmp_path / "fails.py"
+    program.write_text("raise MemoryError('CUDA out of memory' + 60 * ' and so on')")
+    assert "CUDA out of memory" in benchmark.in_own_process(str(program), [])["error"]
 
 
 def test_peak_memory_is_what_was_held_at_once(benchmark: ModuleType) -> None:
@@ -153,6 +160,19 @@ def test_one_step_is_measured_in_all_its_stages(
     assert line["seconds"] == pytest.approx(sum(line[stage] for stage in bench_step.STAGES), rel=0.5)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_step_of_a_series_is_a_whole_one(scripts: None, inference: bool) -> None:
+    import bench_step
+
+    steps: list[str] = []
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight])
+    optimizer.register_step_post_hook(lambda *arguments: steps.append("step"))
+    job = SimpleNamespace(infer=lambda: steps.append("forward"), loss=lambda: steps.append("loss") or weight.sum(), optimizer=optimizer)
+    assert bench_step.timed_series(job, torch.device("cpu"), nullcontext, inference) > 0
+    assert steps == (["forward"] * 4 if inference else ["loss", "step"] * 4)
+
+
 @pytest.mark.parametrize("model", ["tiny", "torchaudio_hubert_base"])
 def test_inference_is_measured_with_its_work(
     scripts: None, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -209,6 +229,7 @@ def test_the_largest_batch_is_found_with_few_trials(scripts: None, limit: int) -
     ("error", "is_memory"),
     [
         ("exit status 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("exit status 1: RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("exit status -9: ", True),
         ("exit status 1: memory = PeakMemory(device)\nRuntimeError: Found no NVIDIA driver on your system", False),
     ],

@@ -70,6 +70,11 @@ def test_a_failed_allocation_is_recognised(size: int) -> None:
     assert is_out_of_memory(caught.value)
     assert all(is_out_of_memory(kind("x")) for kind in (torch.OutOfMemoryError, MemoryError, DoesNotFitError))
     assert not any(is_out_of_memory(kind("can't")) for kind in (RuntimeError, ValueError))
+    for library in (
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: out of memory\nCUDA kernel ...",
+    ):
+        assert is_out_of_memory(RuntimeError(library))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
