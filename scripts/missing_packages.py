@@ -30,8 +30,11 @@ def missing(extras: list[str]) -> list[str]:
     """Descriptions of the requirements, of the project and of `extras`, that are not met here."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     lines = list(project["dependencies"])
+    known = project["optional-dependencies"]
     for extra in extras:
-        lines += project["optional-dependencies"][extra]
+        if extra not in known:
+            sys.exit(f"missing_packages: {extra} is no extra of the project, known are {', '.join(known)}")
+        lines += known[extra]
     return [f"{requirement} ({state})" for requirement in map(Requirement, lines) if (state := _problem(requirement))]
 
 
@@ -46,6 +49,9 @@ def _problem(requirement: Requirement) -> str:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print((__doc__ or "").strip())
+        sys.exit(0)
     found = missing(sys.argv[1:])
     print("\n".join(found), end="\n" if found else "")
     sys.exit(1 if found else 0)

@@ -88,7 +88,15 @@ def check_files(**paths: str | tuple[str, ...] | None) -> None:
     for name, given in paths.items():
         for path in (given,) if isinstance(given, str) else given or ():
             if not Path(path).is_file():
-                raise ConfigError(f"{name}: {path}: {'this is a folder, not a file' if Path(path).is_dir() else 'there is no such file'}")
+                raise ConfigError(f"{name}: {path}: {what_is_there(path)}")
+
+
+def what_is_there(path: str) -> str:
+    """Of a path that is no file."""
+    if not Path(path).is_dir():
+        return "there is no such file"
+    newest = max((*Path(path).glob("step-*[0-9].pt"), *Path(path).glob("checkpoints/step-*[0-9].pt")), default=None)
+    return "this is a folder, not a file" if newest is None else f"this is the folder of a run, whose newest checkpoint is {newest}"
 
 
 @dataclass(frozen=True)

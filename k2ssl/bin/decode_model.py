@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from k2ssl.bin.cluster_cuts import what_is_there
 from k2ssl.bin.model_averages import ModelFile, mean_of_models, mean_over_steps, open_model
 from k2ssl.config import ConfigError
 from k2ssl.data.tokenizer import LetterTokenizer, Tokenizer, tokenizer_from_dict
@@ -125,7 +126,7 @@ def check_checkpoints(checkpoints: tuple[str, ...], weights: Weights, after: str
         raise ConfigError("checkpoints: at least one is needed, as first argument or after --checkpoints")
     for name, path in (*(("checkpoints", path) for path in checkpoints), *([("after", after)] if after else [])):
         if not Path(path).is_file():
-            raise ConfigError(f"{name}: {path}: {'this is a folder, not a file' if Path(path).is_dir() else 'there is no such file'}")
+            raise ConfigError(f"{name}: {path}: {what_is_there(path)}")
     if after is not None and (weights != "average" or len(checkpoints) != 1):
         raise ConfigError(
             f"after is {after}, which goes with --weights average and one checkpoint; weights is {weights}, there are {len(checkpoints)}"

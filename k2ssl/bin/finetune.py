@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from k2ssl.bin.cluster_cuts import check_files
 from k2ssl.bin.finetune_data import FinetuneData, OpenedTranscripts
 from k2ssl.bin.pretrain_remarks import asr_settings_without_effect
 from k2ssl.bin.program import run_program
@@ -125,6 +126,7 @@ class Run(TrainingRun):
         """The encoder of `job.init`, if there is one."""
         if not job.init:
             return ["encoder: from scratch"]
+        check_files(init=job.init)
         unused = load_encoder(model, job.init, job.init_weights)
         return [f"encoder: {job.init_weights} weights of {job.init}; not taken: {', '.join(unused) or 'nothing'}"]
 

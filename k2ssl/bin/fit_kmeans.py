@@ -49,6 +49,7 @@ from k2ssl.labelling.assign import LoadedFrames
 from k2ssl.labelling.corpus_parts import PartCounter
 from k2ssl.labelling.features import FeatureFunction, MfccConfig
 from k2ssl.labelling.kmeans import KMeans, KMeansConfig, Progress, fit_kmeans
+from k2ssl.train.differences import differences
 from k2ssl.train.ledger import Ledger
 
 if TYPE_CHECKING:  # slow to import, and not needed to show --help
@@ -267,9 +268,15 @@ def check_finished(job: FitKMeans, output: Path) -> None:
     if not settings.is_file():
         raise ConfigError(f"{output} exists without {settings.name}, so it is not known what led to it; --overwrite True replaces it")
     made, asked = json.loads(settings.read_text(encoding="utf-8")), json.loads(dump(job))
-    for name in ("cuts", "features", "kmeans"):
-        if made.get(name) != asked[name]:
-            raise ConfigError(f"{output} exists, made with {name} {made.get(name)}, now {asked[name]}; --overwrite True replaces it")
+    before, now = (
+        {
+            **{name: one.get(name) for name in ("cuts", "features", "kmeans")},
+            "loader.max_duration": one.get("loader", {}).get("max_duration"),
+        }
+        for one in (made, asked)
+    )
+    if changed := differences(before, now):
+        raise ConfigError(f"{output} exists, made with other settings: {'; '.join(changed)}; --overwrite True replaces it")
     inputs = [*job.cuts, *([job.features.checkpoint] if isinstance(job.features, HiddenConfig) else [])]
     for manifest in inputs:
         if Path(manifest).stat().st_mtime > output.stat().st_mtime:

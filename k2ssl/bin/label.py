@@ -287,13 +287,17 @@ def _make_room(output: Path, overwrite: bool) -> None:
     """Make the folder; with `overwrite` without labels in it, the contract being removed first.
 
     Raises:
-        ValueError: it holds something other than labels, or cannot be written to.
+        ValueError: it holds something other than labels, or cannot be written to; or labels that another process is writing.
     """
     ours = [path for pattern in (_CONTRACT, *_OF_A_STORE) for path in sorted(output.glob(pattern))]
     if overwrite:
         ours += [path for pattern in (".*.part", "*.partial") for path in sorted(output.glob(pattern)) if path not in ours]
     if output.is_dir() and not ours and any(path.name != LEDGER and not path.name.endswith(".part") for path in output.iterdir()):
         raise ValueError(f"{output} holds other files and no labels: name a folder for labels alone")
+    if overwrite:
+        from k2ssl.data.label_shards import refuse_if_written
+
+        refuse_if_written(output)
     for path in ours if overwrite else ():
         path.unlink()
     writable_folder(output)

@@ -260,11 +260,13 @@ class Run:
             if distributed.is_main():
                 record_settings(output, self.job)
                 begin_card(output, self.program, to_dict(self.job), sys.orig_argv, self.num_parameters())
+        before = trainer.progress.step
         if not trainer.fit(self.train_loader, self.valid_loader):
             raise KeyboardInterrupt
         if distributed.is_main():
             finish_card(output)
-            say(total(output).text())
+            say("nothing was left to do: the run had come to its end before" if trainer.progress.step == before else "")
+            say(total(output).text(), *(trainer.checkpoints.told() if trainer.checkpoints is not None else ()))
 
     def _go_on(self, checkpoint: Path, changes: tuple[str, ...]) -> list[str]:
         """Go on from a checkpoint, with the settings of now; returns what has changed, which people have been told then."""

@@ -161,6 +161,7 @@ class BatchLoader(Generic[B]):
         self._consumed = 0
         self._digest: int | None = 0  # of what was consumed; None: whatever it was
         self._resume = False
+        self._told: list[str] = []
         self._limits: tuple[Callable[[float], float], list[float]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -329,7 +330,8 @@ class BatchLoader(Generic[B]):
             raise ValueError(
                 f"epoch {self.epoch} has no batch for every rank; cuts left out: {', '.join(reasons) or 'none, there are none'}"
             )
-        if reasons and self.rank == 0:
+        if reasons and reasons != self._told and self.rank == 0:
+            self._told = reasons  # most epochs leave out the same
             _log.info("epoch %d: cuts left out: %s", self.epoch, ", ".join(reasons))
 
 

@@ -112,7 +112,10 @@ def _problems_of_store(
     if contract.num_classes > num_classes:
         yield f"{name}: {contract.num_classes} classes, the model's head has {num_classes}"
     if not math.isclose(contract.frame_rate, label_rate, rel_tol=1e-6):
-        yield f"{name}: {contract.frame_rate:g} labels per second, the model takes {label_rate:g}"
+        yield (
+            f"{name}: {contract.frame_rate:g} labels per second, the model takes {label_rate:g}; "
+            f"where these are meant (MFCC have 100), set model.label_rate to {contract.frame_rate:g}"
+        )
     if contract.sampling_rate != sample_rate:
         yield f"{name}: made from audio at {contract.sampling_rate} Hz, the model's frontend takes {sample_rate} Hz"
     unused = contract.histogram.count(0)

@@ -58,6 +58,19 @@ class DoneIds:
         return len(self.keys)
 
 
+def refuse_if_written(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a process is writing a shard of the store.
+    """
+    for path in sorted(folder.glob("labels-*.lock")):
+        with path.open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path}: another process is writing this shard; let it end, or end it, first") from None
+
+
 class LabelShardWriter:
     """Writes one shard of a label store; opened again after an interruption it goes on after the last commit.
 

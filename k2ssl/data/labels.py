@@ -154,7 +154,9 @@ class LabelStore:
         if not folder.is_dir():
             raise ValueError(f"{folder}: there is no such folder of labels")
         if not (folder / CONTRACT_FILE).is_file():
-            raise ValueError(f"{folder} is no finished label store: it has no {CONTRACT_FILE}, which merge_shards writes last")
+            stores = sorted(path.parent.name for path in folder.glob(f"*/{CONTRACT_FILE}"))
+            hint = f"; it holds the stores {', '.join(stores)}: name one of them" if stores else ""
+            raise ValueError(f"{folder} is no finished label store: it has no {CONTRACT_FILE}, which is written last{hint}")
         contract = read_record(LabelContract, folder / CONTRACT_FILE)
         for shard in contract.shards:
             check_file(folder, shard.labels)

@@ -90,6 +90,9 @@ def _checked_lines(texts: Iterable[tuple[str, str]], config: TokenizerConfig) ->
         if not line:
             raise ValueError(f"utterance {name!r}: the transcript {shortened(text)} is empty")
         refused = set(line) & {config.delimiter}
+        if config.kind != "letters":  # SentencePiece would leave these out without a word, and the last one the whole line
+            refused |= {symbol for symbol in (BLANK_SYMBOL, UNK_SYMBOL, "\0", "\u2585") if symbol in line}
+        refused |= {character for character in line if "\ud800" <= character <= "\udfff"}  # no text in Unicode
         if normalization.allowed:
             refused |= set(line) - set(normalization.allowed) - {" "}
         if refused:

@@ -28,8 +28,8 @@ class KMeansConfig:
         max_batches: mini-batches after which the centres are taken as they are.
         max_no_improvement: mini-batches without a new lowest smoothed inertia after which fitting ends earlier.
         smoothing_batches: the inertia is smoothed exponentially with weight 2 / (1 + this) for the newest mini-batch.
-        reservoir_frames: frames of the sample that centres start from.
-        held_out_frames: further frames of the sample that restarts are scored on; no more than a fifth of all frames.
+        reservoir_frames, held_out_frames: so many frames together are sampled. As many as the second says, but at most a fifth of them,
+            are those that restarts are scored on; centres start from the others.
         sample_batches: mini-batches of epoch 0 that the sample is drawn from, at most; 0 for the whole epoch. The program `fit_kmeans`
             deals the whole corpus by hash into parts of at most about this size, of which every epoch reads one.
         num_restarts: k-means++ initialisations, of which the best is taken.

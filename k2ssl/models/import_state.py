@@ -124,9 +124,10 @@ def fit_config(config: HubertConfig, state: Mapping[str, Tensor], source: Source
     _check_state(state, source)
     shapes = {place.key: state[key].shape for key in state if (place := translate(key, source)) is not None}
     head = config.head
-    if (codes := shapes.get("heads.*.codes")) is not None:
+    codes, weight = (tuple(shapes.get(f"heads.*.{name}", ())) for name in ("codes", "projection.weight"))
+    if len(codes) == 2:
         head = replace(head, similarity="cosine", num_classes=_classes(head, codes[0]), code_dim=codes[1])
-    elif (weight := shapes.get("heads.*.projection.weight")) is not None:
+    elif len(weight) == 2:
         head = replace(head, similarity="linear", num_classes=_classes(head, weight[0]))
     frontend = config.frontend
     if isinstance(frontend, WaveformConfig) and "frontend.layers.0.conv.weight" in shapes:

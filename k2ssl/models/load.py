@@ -29,6 +29,12 @@ Model = TypeVar("Model", HubertModel, AsrModel)
 _CONFIGS: Mapping[str, type[HubertConfig] | type[AsrConfig]] = {"hubert": HubertConfig, "asr": AsrConfig}
 
 
+_KINDS = {
+    HubertModel: "a pre-trained model, as k2ssl.bin.pretrain makes it",
+    AsrModel: "a recognition model, as k2ssl.bin.finetune makes it",
+}
+
+
 def config_to_dict(config: AnyConfig) -> dict[str, Any]:
     """What a file holds under "config", for `config_from` to read back."""
     return to_dict(config) if isinstance(config, HubertConfig) else {"kind": "asr", **to_dict(config)}
@@ -115,7 +121,7 @@ def model_from(content: Mapping[str, Any], path: str | Path, weights: Weights = 
     config = config_from(content, path)
     found = HubertModel if isinstance(config, HubertConfig) else AsrModel
     if of is not None and found is not of:
-        raise ValueError(f"{path}: its model is of class {found.__name__}, {of.__name__} is needed")
+        raise ValueError(f"{path}: holds {_KINDS[found]}; {_KINDS[of]}, is needed")
     with torch.random.fork_rng(devices=[]):  # the values drawn at construction are overwritten
         try:
             model = HubertModel(config) if isinstance(config, HubertConfig) else AsrModel(config)
@@ -138,6 +144,8 @@ def read_content(path: str | Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a file that is no checkpoint depends on the file's first bytes
         raise ValueError(f"{path}: cannot be read as a checkpoint: {load_failure(error)}") from error
+    if isinstance(content, Mapping) and content.get("format") == "k2ssl-tokenizer":
+        raise ValueError(f"{path}: is a tokenizer, a model is needed")
     if not isinstance(content, Mapping) or not {"config", "model"} <= set(content):
         found = ", ".join(map(str, list(content)[:6])) if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(

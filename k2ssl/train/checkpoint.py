@@ -173,9 +173,17 @@ class CheckpointFolder:
         return math.isfinite(score) and as_good < self.keep.keep_best
 
     def has_score(self, step: int) -> bool:
-        """Whether a score of the checkpoint of this step is known; on rank 0 only. Waits for the one that is being written."""
+        """Whether a score of the checkpoint of this step is known: the run may have died in the validation. On rank 0 only; waits as above."""
         self._join()
         return any(step_of(path) == step for path in self.paths() if path.name in self._read_scores())
+
+    def told(self) -> list[str]:
+        """Which checkpoint is the last one and which the best, for people; on rank 0 only."""
+        self._join()
+        paths, scores = self.paths(), self._read_scores()
+        lines = [f"last checkpoint: {paths[-1]}"] if paths else []
+        best = min((path for path in paths if scores.get(path.name, math.inf) < math.inf), key=lambda path: scores[path.name], default=None)
+        return lines if best is None else [*lines, f"best checkpoint: {best} ({scores[best.name]:.4g} in validation)"]
 
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: training goes on from `step` and will not come by them again. On rank 0 only."""
@@ -228,7 +236,7 @@ class CheckpointFolder:
         kept = set(paths[-self.keep.keep_last :])
         if self.keep.keep_every:
             kept.update(path for path in paths if step_of(path) > 0 and step_of(path) % self.keep.keep_every == 0)
-        scored = sorted((scores[path.name], step_of(path), path) for path in paths if path.name in scores)
+        scored = sorted((scores[path.name], step_of(path), path) for path in paths if scores.get(path.name, math.inf) < math.inf)
         kept.update(path for _, _, path in scored[: self.keep.keep_best])
         for path in paths:
             if path not in kept:
@@ -244,19 +252,20 @@ class CheckpointFolder:
             raise ValueError(
                 f"{path}: cannot be read ({error}); without this file training goes on, not knowing the best so far"
             ) from error
-        return {str(name): float(score) for name, score in scores.items()}
+        if not isinstance(scores, dict) or not all(score is None or type(score) in (int, float) for score in scores.values()):
+            raise ValueError(f"{path}: holds other things than scores by the names of checkpoints; without this file training goes on")
+        return {name: math.inf if score is None else float(score) for name, score in scores.items()}
 
     def _write_scores(self, new: Path, score: float | None) -> None:
         before = self._read_scores()
         names = {path.name for path in self.paths()}
         scores = {name: value for name, value in before.items() if name in names}
         if score is not None:
-            scores.pop(new.name, None)
-            if math.isfinite(score):
-                scores[new.name] = float(score)
+            scores[new.name] = float(score) if math.isfinite(score) else math.inf
         if scores != before:
             with atomic_file(self.folder / _SCORES) as file:
-                file.write((json.dumps(scores, indent=1) + "\n").encode())
+                plain = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+                file.write((json.dumps(plain, indent=1) + "\n").encode())
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -301,6 +310,7 @@ def check_records(path: str | Path) -> None:
         try:
             with zipfile.ZipFile(file) as records:
                 damaged = records.testzip()
+            torch._C.PyTorchFileReader(str(path))  # refuses damage of the directory that Python's own reader puts up with
         except Exception as error:  # what is raised depends on which bytes are damaged
             raise DamagedError(f"{path}: damaged, cut short, or never a checkpoint ({error or type(error).__name__})") from error
     if damaged is not None:

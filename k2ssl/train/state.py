@@ -110,7 +110,8 @@ def go_on_reading(trainer: Trainer, content: Mapping[str, Any], loader: Loader) 
     trainer.position = content["loader"]
     if trainer.position is None:
         return
-    progress.epoch_updates = round(saved["seconds_per_update"] * progress.epoch_updates / plan.seconds_per_update)
+    updates = saved["seconds_per_update"] * progress.epoch_updates / plan.seconds_per_update
+    progress.epoch_updates = max(1, round(updates)) if updates else 0  # an epoch that was begun stays one
     if plan.same_batches(saved):
         loader.load_state_dict(trainer.position)
     else:

@@ -157,7 +157,7 @@ class Trainer:
         self.stopping = False  # a signal came
         self.recent: list[Made] = []  # the last two updates, to look into when one of them turns out bad
         self._meter = Meter(self.progress.step)
-        self._validated, self._saved, self._resumed = -1, -1, -1  # the last steps that were
+        self._validated, self._saved, self._resumed, self._score = -1, -1, -1, 0.0  # the last steps that were, and the first one's score
 
     def fit(self, loader: Loader, valid_loader: Iterable[Batch] | None = None) -> bool:
         """Train to the end.
@@ -248,7 +248,6 @@ class Trainer:
         go_on_reading(self, content, loader)
         self._saved = self._resumed = step = self.progress.step
         self._meter = Meter(step)
-        # a run may have died in the validation after its last step
         if distributed.broadcast_object(self.checkpoints is not None and self.checkpoints.has_score(step)):
             self._validated = step
         return self.plan.changes(content["plan"])
@@ -286,11 +285,11 @@ class Trainer:
             self.progress.epoch += 1
             self.progress.epoch_updates = 0
         handle(self, replace(self.guard.flush(), action="continue"))  # the last step is told of; there is none left to repeat
-        score = None
         if valid_loader is not None and self._validated != self.progress.step:
-            score = self._validate_and_log(valid_loader)
-        if score is not None or self._saved != self.progress.step:
-            self.save(score)
+            self._validate_and_log(valid_loader)
+            self._saved = -1  # the score is missing in it
+        if self._saved != self.progress.step:
+            self.save(self._score if self._validated == self.progress.step else None)
 
     def _is_over(self) -> bool:
         config, progress = self.config, self.progress
@@ -356,7 +355,8 @@ class Trainer:
         if self.log is not None:
             self.log.valid(self.progress.step, values)
         self._meter.started += time.monotonic() - started  # this was no training
-        return values[self.score_by]
+        self._score = values[self.score_by]
+        return self._score
 
     def count_audio(self) -> None:
         """Add the audio of all ranks since the last call to the sums."""

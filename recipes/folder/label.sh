@@ -57,6 +57,7 @@ mfcc)
     ;;
 layer[1-9]* | stack[1-9]*)
     [ -n "$checkpoint" ] || refuse "--features $features needs --checkpoint"
+    $dry_run || [ -f "$checkpoint" ] || refuse "--checkpoint is $checkpoint, which is no file"
     feature_options=(--features.kind hidden --features.checkpoint "$checkpoint" "--features.${features:0:5}" "${features:5}")
     ;;
 *) refuse "--features is $features; mfcc, layerN and stackN are known" ;;

@@ -227,7 +227,7 @@ def test_recognition_models_that_do_not_belong_together_are_not_averaged(
 def test_a_recognition_model_is_not_averaged_with_an_encoder(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     recognizer("a.pt")
     assert main(["--output", "avg.pt", "--checkpoints", "a.pt", "1.pt"]) == 2
-    assert "1.pt: its model is of class HubertModel, AsrModel is needed" in capsys.readouterr().err
+    assert "1.pt: holds a pre-trained model, as k2ssl.bin.pretrain makes it; a recognition model, as" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_say_how_its_audio_came_stands_in_no_ones_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from k2ssl.bin import fit_kmeans, label, label_report
 from k2ssl.bin.cluster_features import HiddenConfig, build_features
 from k2ssl.bin.program import run_program
 from k2ssl.data.cuts import read_cuts, write_cuts
-from k2ssl.data.labels import LabelStore, cut_list_hash
+from k2ssl.data.labels import LabelShardWriter, LabelStore, Lineage, cut_list_hash
 from k2ssl.data.prepare_cuts import prepare_folder
 from k2ssl.labelling.features import MfccFeatures
 from k2ssl.labelling.kmeans_model import KMeans
@@ -469,7 +469,9 @@ def test_finished_centres_are_left_alone_if_the_same_settings_led_to_them(
     before = output.read_bytes()
     assert fit(corpus.cuts, output, "--skip-finished", "True") == 0
     assert fit(corpus.cuts, output, "--skip-finished", "True", "--kmeans.seed", "7") == 2
-    assert "made with kmeans" in capsys.readouterr().err
+    assert "made with other settings: kmeans.seed is 0 there, 7 here; --overwrite True" in capsys.readouterr().err
+    assert fit(corpus.cuts, output, "--skip-finished", "True", "--loader.max-duration", "2") == 2
+    assert "loader.max_duration is 4.0 there, 2.0 here" in capsys.readouterr().err
     newer = tmp_path / "cuts_all.jsonl.gz"
     write_cuts(read_cuts(corpus.cuts), newer)
     assert fit(newer, tmp_path / "n.pt") == 0
@@ -531,3 +533,15 @@ def test_a_model_that_normalises_hears_the_whole_recording_normalised(corpus: Co
     assert fit(corpus.cuts, tmp_path / "k.pt", *options) == 0
     assert assign(corpus, tmp_path / "labels", "--checkpoint", str(tmp_path / "m.pt"), kmeans=tmp_path / "k.pt") == 0
     assert LabelStore.open(tmp_path / "labels").contract.lineage.settings["normalize"] is True
+
+
+def test_labels_that_another_process_is_writing_are_not_overwritten(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lineage = Lineage("mfcc", {"num_ceps": 13}, "centres", None, cut_list_hash(read_cuts(corpus.cuts)))
+    with LabelShardWriter(tmp_path / "store", 0, 1, 5, 100.0, lineage, sampling_rate=RATE):
+        before = sorted(path.name for path in (tmp_path / "store").iterdir())
+        assert assign(corpus, tmp_path / "store", "--overwrite", "True") == 2
+        assert "another process is writing this shard" in capsys.readouterr().err
+        assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.name != "ledger.jsonl") == before
+    assert assign(corpus, tmp_path / "store", "--overwrite", "True") == 0

@@ -313,3 +313,10 @@ def test_texts_that_cannot_be_learnt_from_are_refused(texts: list, settings: dic
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"TokenizerConfig: .*{message}"):
         TokenizerConfig(**settings)
+
+
+@pytest.mark.parametrize("text", ["so <unk> then", "a <blk> b", "a\u2585b", "a\ud800b"])
+def test_text_that_sentencepiece_would_leave_out_is_refused_by_its_utterance(text: str) -> None:
+    config = TokenizerConfig(kind="bpe", vocab_size=20)
+    with pytest.raises(ValueError, match=r"utterance 'second': the transcript .* holds"):
+        train_tokenizer([("first", "a plain one"), ("second", text)], config)

@@ -173,3 +173,9 @@ def test_foreign_and_contradictory_files_are_refused_by_path(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=message) as caught:
             load_model(path)
         assert str(path) in str(caught.value)
+
+
+def test_a_tokenizer_is_told_from_a_model(tmp_path: Path) -> None:
+    torch.save({"format": "k2ssl-tokenizer", "version": 1}, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match=r"t\.pt: is a tokenizer, a model is needed"):
+        load_model(tmp_path / "t.pt")

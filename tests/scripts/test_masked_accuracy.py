@@ -85,7 +85,10 @@ def test_a_model_for_recognition_and_labels_of_other_cuts_are_refused(
     tiny = HubertConfig.tiny()
     save_model(tmp_path / "asr.pt", AsrModel(AsrConfig(vocab_size=5, heads="ctc", frontend=tiny.frontend, encoder=tiny.encoder)))
     assert script.main(["--model", str(tmp_path / "asr.pt"), *files[2:]]) == 1
-    assert "asr.pt: its model is of class AsrModel, HubertModel is needed" in capsys.readouterr().err
+    assert (
+        "asr.pt: holds a recognition model, as k2ssl.bin.finetune makes it; a pre-trained model, as k2ssl.bin.pretrain makes it, is needed"
+        in capsys.readouterr().err
+    )
     with LabelShardWriter(tmp_path / "others", 0, 1, 16, 50.0, Lineage.unknown(), sampling_rate=16_000) as writer:
         writer.write("c", np.zeros(FRAMES, dtype=int))
     merge_shards(tmp_path / "others")

@@ -608,3 +608,15 @@ def test_a_later_checkpoint_is_not_overtaken_unless_it_is_dropped(tmp_path: Path
     folder.save(2, {"new": 1})
     folder.wait()
     assert load_checkpoint(paths[1])["new"] == 1
+
+
+def test_scores_of_another_shape_are_refused_by_name_and_numbers_that_are_none_are_never_the_best(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, KeepConfig(keep_last=1, keep_best=1))
+    for step, score in ((1, 3.0), (2, math.nan), (3, None)):
+        folder.save(step, {}, score)
+        folder.wait()
+    assert [path.name for path in folder.paths()] == ["step-000000001.pt", "step-000000003.pt"]
+    for wrong in ("[]", '{"step-000000001.pt": "x"}'):
+        (tmp_path / "scores.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"scores\.json: holds other things than scores"):
+            CheckpointFolder(tmp_path, KeepConfig())

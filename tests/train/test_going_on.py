@@ -101,3 +101,27 @@ def test_an_average_that_has_no_weights_yet_is_not_validated(toy: Any, tmp_path:
     trainer.validate = noted
     trainer.fit(loader, [toy.batch(99)])
     assert seen[0] != toy.MeanModel().weight.tolist()
+
+
+@pytest.mark.parametrize("second", [2.0, float("nan")])
+def test_a_finished_run_validates_nothing_again_whatever_its_last_score(toy: Any, tmp_path: Path, second: float) -> None:
+    config = toy.make_config(8, valid_every=4, keep=KeepConfig(save_every=100))  # the last step is neither saved for itself nor the best
+    for _ in range(3):
+        trainer, loader = toy.make_trainer(tmp_path, config, model=toy.MeanModel()), toy.ToyLoader(40)
+        if path := trainer.checkpoints.latest():
+            trainer.resume(path, loader)
+        trainer.validate = lambda batches, trainer=trainer: {"loss": 1.0 if trainer.progress.step == 4 else second}
+        trainer.fit(loader, [toy.batch(100)])
+        assert kinds(tmp_path, "valid") == [4, 8]
+    scores = json.loads((tmp_path / "checkpoints/scores.json").read_text())
+    assert scores == {"step-000000004.pt": 1.0, "step-000000008.pt": None if second != second else second}
+    last, best = trainer.checkpoints.told()
+    assert "step-000000008.pt" in last and "step-000000004.pt (1 in validation)" in best
+
+
+def test_an_epoch_that_was_begun_is_not_an_empty_one_in_updates_of_more_audio(toy: Any, tmp_path: Path) -> None:
+    toy.make_trainer(tmp_path, toy.make_config(1), model=toy.MeanModel()).fit(toy.ToyLoader(2))
+    more = toy.make_trainer(tmp_path, toy.make_config(3, per_update=6.0), model=toy.MeanModel())
+    more.resume(more.checkpoints.latest(), loader := toy.ToyLoader(2))
+    more.fit(loader)
+    assert (more.progress.step, more.progress.epoch) == (3, 2)
