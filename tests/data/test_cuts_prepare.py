@@ -56,6 +56,17 @@ def count_scans(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] =
     return sizes
 
 
+def stop_after_three_parts(monkeypatch: pytest.MonkeyPatch, audio: Path, out: Path, **options: object) -> None:
+    def stop(number: int) -> None:
+        if number == 3:
+            raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        count_scans(patch, stop)
+        with pytest.raises(RuntimeError):
+            prepare(audio, out, **options)
+
+
 def test_a_split_is_a_manifest_a_summary_and_a_list_of_what_was_skipped(audio: Path, tmp_path: Path) -> None:
     prepared = prepare(audio, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == FINAL
@@ -106,14 +117,7 @@ def test_an_interrupted_run_goes_on_where_it_was(audio: Path, tmp_path: Path, mo
 
 
 def test_a_part_is_read_again_when_its_files_or_the_settings_change(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(number: int) -> None:
-        if number == 3:
-            raise RuntimeError("stopped")
-
-    with monkeypatch.context() as patch:
-        count_scans(patch, stop)
-        with pytest.raises(RuntimeError):
-            prepare(audio, tmp_path / "out")
+    stop_after_three_parts(monkeypatch, audio, tmp_path / "out")
     soundfile.write(audio / "s1" / "05.wav", np.zeros(160), 16000)  # in the third part, of four
     sizes = count_scans(monkeypatch)
     prepared = prepare(audio, tmp_path / "out")
@@ -124,14 +128,7 @@ def test_a_part_is_read_again_when_its_files_or_the_settings_change(audio: Path,
 
 
 def test_an_interrupted_run_with_other_settings_is_not_mixed_in(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(number: int) -> None:
-        if number == 3:
-            raise RuntimeError("stopped")
-
-    with monkeypatch.context() as patch:
-        count_scans(patch, stop)
-        with pytest.raises(RuntimeError):
-            prepare(audio, tmp_path / "out", settings=ScanSettings(min_duration=0.75))
+    stop_after_three_parts(monkeypatch, audio, tmp_path / "out", settings=ScanSettings(min_duration=0.75))
     prepared = prepare(audio, tmp_path / "out")
     assert (prepared.summary.cuts, prepared.resumed) == (10, 0)
     assert contents(tmp_path / "out").keys() == set(FINAL)
@@ -290,14 +287,7 @@ def test_real_speech_is_counted(real_speech: Path, tmp_path: Path) -> None:
 
 
 def test_a_repaired_file_is_read_when_an_interrupted_run_goes_on(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(number: int) -> None:
-        if number == 3:
-            raise RuntimeError("stopped")
-
-    with monkeypatch.context() as patch:
-        count_scans(patch, stop)
-        with pytest.raises(RuntimeError):
-            prepare(audio, tmp_path / "out")
+    stop_after_three_parts(monkeypatch, audio, tmp_path / "out")
     soundfile.write(audio / "s0" / "00.wav", np.zeros(1600), 16000)  # in the first part
     sizes = count_scans(monkeypatch)
     prepared = prepare(audio, tmp_path / "out")
