@@ -285,7 +285,7 @@ need_whole_numbers() {
     local _name
     for _name in "$@"; do
         # Bash would take a number that begins with 0 for an octal one
-        [[ ${!_name} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--${_name//_/-} is ${!_name}, a whole number >= 0 without zeros before it is needed"
+        [[ ${!_name} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--${_name//_/-} is ${!_name}, a whole number >= 0 is needed (without zeros before it)"
     done
 }
 

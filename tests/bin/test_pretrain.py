@@ -138,7 +138,8 @@ def test_the_sizes_said_before_training_are_those_on_disk(
     told = float(said.split("checkpoints of ")[1].split(" MiB each")[0])
     size = (tmp_path / "run/checkpoints/step-000000001.pt").stat().st_size / 2**20
     assert told == pytest.approx(size, rel=0.5), "a tiny model's file is names and settings for a good part"
-    assert "longest audio" in said and "1 steps" in said.splitlines()[-1]
+    assert "longest audio" in said and "1 steps" in said.splitlines()[-2]
+    assert said.splitlines()[-1] == f"last checkpoint: {tmp_path / 'run/checkpoints/step-000000001.pt'}"
 
 
 def test_killed_and_interrupted_runs_end_with_the_bits_of_one_that_was_not(whole: Path, sounds: Any, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_dry_run_shows_every_command_and_does_nothing(tmp_path: Path) -> None:
         (["--cuts", "x/cuts_a.jsonl.gz,y/cuts_a.jsonl.gz"], "two manifests called cuts_a.jsonl.gz"),
         (["--audio-dir", "x/talk one,y/talk one"], "two folders called talk one"),
         (["--audio-dir", "a", "--s.ed", "3"], "unknown option --s.ed"),
-        (["--audio-dir", "a", "--ngpu", "08"], "--ngpu is 08, a whole number >= 0 without zeros before it is needed"),
+        (["--audio-dir", "a", "--ngpu", "08"], "--ngpu is 08, a whole number >= 0 is needed (without zeros before it)"),
         (["--audio-dir", "a", "--features", "layer6"], "needs --checkpoint"),
         (["--audio-dir", "a", "--features", "fbank"], "mfcc, layerN and stackN are known"),
         (["--audio-dir", "a", "--checkpoint", "m.pt"], "of no use with --features mfcc"),
