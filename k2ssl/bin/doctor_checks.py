@@ -174,16 +174,13 @@ def triton() -> Iterator[Finding]:
         yield Finding("warning", told, INSTALL) if gpu else Finding("ok", "not installed, and not needed without a GPU")
         return
     try:
-        from k2ssl.losses.transducer_backend import why_no_triton
-
         importlib.import_module("triton")
-        if gpu and (lacking := why_no_triton()):
-            yield Finding("warning", "the transducer loss is computed in PyTorch, slower", lacking)
+        if gpu and (lacking := _what_triton_lacks()):
+            yield Finding("warning", f"the transducer loss is computed in PyTorch, slower: {lacking}", "install what is lacking")
             return
         difference = _kernel_difference(module) if gpu else 0.0
     except Exception as error:
-        remedy = why_no_triton() or _again("triton")
-        yield Finding("error" if gpu else "warning", f"{_installed('triton')} does not work: {first_line(error)}", remedy)
+        yield Finding("error" if gpu else "warning", f"{_installed('triton')} does not work: {first_line(error)}", _again("triton"))
         return
     if difference > 1e-4:
         yield Finding("error", f"{_installed('triton')}: the transducer loss differs from PyTorch's by {difference:.2g}", _again("triton"))
@@ -191,6 +188,12 @@ def triton() -> Iterator[Finding]:
         yield Finding("ok", f"{_installed('triton')} compiles; its transducer loss is PyTorch's")
     else:
         yield Finding("ok", f"{_installed('triton')}; used where there is a GPU")
+
+
+def _what_triton_lacks() -> str | None:
+    from k2ssl.losses.transducer_backend import why_no_triton
+
+    return why_no_triton()
 
 
 def _kernel_difference(module: Any) -> float:

@@ -10,6 +10,7 @@ error, never replaced by another one. Which one runs on a device is logged when 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -85,8 +86,11 @@ def recursion(name: Literal["torch", "triton"]) -> tuple[NewArcs, Sweep]:
 
 def why_no_triton() -> str | None:
     """What Triton lacks to compile its kernels: itself, the C compiler or the headers that its launcher is made with; None: nothing."""
-    if missing := _not_installed("triton"):
-        return missing
+    return _not_installed("triton") or _nothing_to_compile_with()
+
+
+@functools.cache  # every loss asks
+def _nothing_to_compile_with() -> str | None:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler; install gcc, or name one in the environment variable CC"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():

@@ -218,6 +218,10 @@ def test_missing_ways_of_exchange_are_errors(gloo: bool, nccl: bool, status: str
 
 def test_triton_is_held_against_pytorch_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_torch(monkeypatch, Cuda())
+    monkeypatch.setattr(doctor_checks, "_what_triton_lacks", lambda: "Triton finds no C compiler")
+    finding = only(doctor_checks.triton)
+    assert finding.status == "warning" and "in PyTorch, slower: Triton finds no C compiler" in finding.text
+    monkeypatch.setattr(doctor_checks, "_what_triton_lacks", lambda: None)
     for difference, status in ((0.0, "ok"), (0.1, "error")):
         monkeypatch.setattr(doctor_checks, "_kernel_difference", lambda module, it=difference: it)
         assert only(doctor_checks.triton).status == status
