@@ -218,7 +218,7 @@ def _own_device(device: torch.device, local_rank: int) -> torch.device:
     if device.type != "cuda":
         return device
     index = local_rank if device.index is None else device.index
-    if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if device.index is not None and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         raise ValueError(f"distributed.set_up: device is {device}, one GPU for several processes; 'cuda' gives each process one of its own")
     if index >= torch.cuda.device_count():
         raise ValueError(f"distributed.set_up: device is cuda:{index}, but this machine shows {torch.cuda.device_count()} CUDA devices")

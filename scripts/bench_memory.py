@@ -20,14 +20,10 @@ from typing import Any
 from bench_step import PEERS, SIZES
 from benchmark import device_here, in_own_process, table
 
+from k2ssl.train.memory import NO_ROOM
+
 STEP = str(Path(__file__).parent / "bench_step.py")
-OUT_OF_MEMORY = (
-    "OutOfMemoryError",
-    "out of memory",
-    "can't allocate memory",
-    "_STATUS_ALLOC_FAILED",
-    "exit status -9",
-)  # of CUDA, of a CPU, of its system
+OUT_OF_MEMORY = (*NO_ROOM, "OutOfMemoryError", "out of memory", "can't allocate memory", "exit status -9")  # the last by the system
 COLUMNS = ["model", "recompute_layers", "utterances", "audio_seconds", "memory_gb", "seconds", "times_real_time"]
 
 

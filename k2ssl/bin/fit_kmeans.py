@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -267,20 +267,19 @@ def check_finished(job: FitKMeans, output: Path) -> None:
     settings = output.with_name(output.name + ".json")
     if not settings.is_file():
         raise ConfigError(f"{output} exists without {settings.name}, so it is not known what led to it; --overwrite True replaces it")
-    made, asked = json.loads(settings.read_text(encoding="utf-8")), json.loads(dump(job))
-    before, now = (
-        {
-            **{name: one.get(name) for name in ("cuts", "features", "kmeans")},
-            "loader.max_duration": one.get("loader", {}).get("max_duration"),
-        }
-        for one in (made, asked)
-    )
+    before, now = (_what_decides(json.loads(text)) for text in (settings.read_text(encoding="utf-8"), dump(job)))
     if changed := differences(before, now):
         raise ConfigError(f"{output} exists, made with other settings: {'; '.join(changed)}; --overwrite True replaces it")
     inputs = [*job.cuts, *([job.features.checkpoint] if isinstance(job.features, HiddenConfig) else [])]
     for manifest in inputs:
         if Path(manifest).stat().st_mtime > output.stat().st_mtime:
             raise ConfigError(f"{output} exists, but {manifest} is newer; --overwrite True replaces it")
+
+
+def _what_decides(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those on which the centres depend."""
+    loader = {"max_duration": settings.get("loader", {}).get("max_duration")}
+    return {"loader": loader, **{name: settings.get(name) for name in ("cuts", "features", "kmeans")}}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -230,8 +230,9 @@ def _is_read(report: Path) -> bool:
     """Whether there is a part of which no file that could not be read has changed since."""
     if not report.exists():
         return False
+    made = report.stat().st_mtime_ns
     unreadable = [Path(path) for path, _ in json.loads(report.read_bytes())["unreadable"]]
-    return not any(path.exists() and path.stat().st_ctime_ns > report.stat().st_mtime_ns for path in unreadable)
+    return not any(path.exists() and path.stat().st_ctime_ns > made for path in unreadable)
 
 
 def read_part(items: list[AudioItem | Unreadable], settings: ScanSettings, folder: Path, name: str) -> None:

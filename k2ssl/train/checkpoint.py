@@ -175,7 +175,8 @@ class CheckpointFolder:
     def has_score(self, step: int) -> bool:
         """Whether a score of the checkpoint of this step is known: the run may have died in the validation. On rank 0 only; waits as above."""
         self._join()
-        return any(step_of(path) == step for path in self.paths() if path.name in self._read_scores())
+        scores = self._read_scores()
+        return any(step_of(path) == step and path.name in scores for path in self.paths())
 
     def told(self) -> list[str]:
         """Which checkpoint is the last one and which the best, for people; on rank 0 only."""

@@ -84,17 +84,20 @@ def available_bytes(device: torch.device | str) -> int:
     return min([free + own, *_control_group_limits()])
 
 
+# What messages hold where an allocation failed: torch's own on a CPU; CUDA's, cuBLAS' and cuDNN's; NCCL's.
+NO_ROOM = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "Cuda failure 'out of memory'",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch has no class of its own for that on the CPU, nor where a library of the GPU's allocates."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError, DoesNotFitError)):
         return True
-    signs = (
-        "DefaultCPUAllocator: can't allocate memory",
-        "CUDA error: out of memory",
-        "_STATUS_ALLOC_FAILED",
-        "Cuda failure 'out of memory'",
-    )
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_ROOM)
 
 
 def gibibytes(number: int) -> str:

@@ -56,9 +56,9 @@ def count_scans(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] =
     return sizes
 
 
-def stop_after_three_parts(monkeypatch: pytest.MonkeyPatch, audio: Path, out: Path, **options: object) -> None:
+def stop_after(parts: int, monkeypatch: pytest.MonkeyPatch, audio: Path, out: Path, **options: object) -> None:
     def stop(number: int) -> None:
-        if number == 3:
+        if number == parts:
             raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_an_interrupted_run_goes_on_where_it_was(audio: Path, tmp_path: Path, mo
 
 
 def test_a_part_is_read_again_when_its_files_or_the_settings_change(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_after_three_parts(monkeypatch, audio, tmp_path / "out")
+    stop_after(3, monkeypatch, audio, tmp_path / "out")
     soundfile.write(audio / "s1" / "05.wav", np.zeros(160), 16000)  # in the third part, of four
     sizes = count_scans(monkeypatch)
     prepared = prepare(audio, tmp_path / "out")
@@ -128,7 +128,7 @@ def test_a_part_is_read_again_when_its_files_or_the_settings_change(audio: Path,
 
 
 def test_an_interrupted_run_with_other_settings_is_not_mixed_in(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_after_three_parts(monkeypatch, audio, tmp_path / "out", settings=ScanSettings(min_duration=0.75))
+    stop_after(3, monkeypatch, audio, tmp_path / "out", settings=ScanSettings(min_duration=0.75))
     prepared = prepare(audio, tmp_path / "out")
     assert (prepared.summary.cuts, prepared.resumed) == (10, 0)
     assert contents(tmp_path / "out").keys() == set(FINAL)
@@ -263,14 +263,7 @@ def test_a_folder_with_transcripts_carries_them(tmp_path: Path) -> None:
 
 
 def test_a_part_that_was_cut_off_is_not_taken(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(number: int) -> None:
-        if number == 2:
-            raise RuntimeError("stopped")
-
-    with monkeypatch.context() as patch:
-        count_scans(patch, stop)
-        with pytest.raises(RuntimeError):
-            prepare(audio, tmp_path / "out")
+    stop_after(2, monkeypatch, audio, tmp_path / "out")
     parts = sorted((tmp_path / "out/cuts_x.parts").glob("*.json"))
     assert len(parts) == 2
     parts[0].unlink()  # as if the process had died between the two files of the part
@@ -287,7 +280,7 @@ def test_real_speech_is_counted(real_speech: Path, tmp_path: Path) -> None:
 
 
 def test_a_repaired_file_is_read_when_an_interrupted_run_goes_on(audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_after_three_parts(monkeypatch, audio, tmp_path / "out")
+    stop_after(3, monkeypatch, audio, tmp_path / "out")
     soundfile.write(audio / "s0" / "00.wav", np.zeros(1600), 16000)  # in the first part
     sizes = count_scans(monkeypatch)
     prepared = prepare(audio, tmp_path / "out")
