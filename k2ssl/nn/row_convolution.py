@@ -5,8 +5,8 @@ one row of a view, form a block; a kernel of k taps reaches over ceil(k / stride
 products of views. Rows between an utterance's last frame and the next utterance are computed like any other and mean nothing.
 
 Each step from one convolution's output to the next one's is one function of autograd that keeps that output only: normalisation and
-GELU are computed again in the backward pass. Both passes go through the rows in pieces that fit a CPU's cache. The first convolution,
-which has one input channel and the largest output, is computed again as well, and its output is kept nowhere.
+GELU are computed again in the backward pass. Both passes go through the rows in pieces that fit a CPU's cache, or a GPU's memory. The
+first convolution, which has one input channel and the largest output, is computed again as well, and its output is kept nowhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from k2ssl.nn.fusion import fusible
 
 _PIECE_CPU = 2**20  # elements worked on at a time
-_PIECE = 2**25  # a GPU wants few kernels
+_PIECE = 2**27  # a GPU wants few kernels: several utterances at once, and temporary tensors of half a gigabyte in float32
 _EPS = 1e-5
 
 Norm = tuple[Tensor, Tensor]  # weight and bias (C,) of a layer normalisation over channels
@@ -114,7 +114,7 @@ class _Convolve(torch.autograd.Function):
             grad_source = torch.empty_like(source) if first is None else None
             grad_first = None if first is None else torch.zeros_like(first)
             grad_norm = None if norm is None else [torch.zeros_like(norm_weight, dtype=_wide(dtype)) for _ in range(2)]
-            for start, (utterance, part), rows in _pieces(source, first, stride, weight.shape[1]):
+            for start, (utterances, part), rows in _pieces(source, first, stride, weight.shape[1]):
                 normal = None if norm is None else _normalised(rows, norm)
                 blocks = _blocks(F.gelu(rows if normal is None else normal[0]).to(dtype), stride)
                 end = start + len(blocks)
@@ -140,24 +140,27 @@ class _Convolve(torch.autograd.Function):
                 if grad_source is not None:
                     grad_source[part] = grad_rows
                 elif grad_first is not None:
-                    grad_first[utterance].addmm_(source[utterance, part].t(), grad_rows)
+                    seen_windows = source[utterances, part]
+                    grad_first[utterances].baddbmm_(seen_windows.transpose(1, 2), grad_rows.view(*seen_windows.shape[:2], -1))
             grad_weight = _untap(grad_taps, weight)
             grad_bias = None if ctx.bias_dtype is None else grad.sum(0, dtype=ctx.bias_dtype)
         grads_norm = (None, None) if grad_norm is None else (grad_norm[0].to(norm_weight.dtype), grad_norm[1].to(norm_bias.dtype))
         return grad_source, grad_first, *grads_norm, grad_weight, grad_bias, None, None
 
 
-def _pieces(source: Tensor, first: Tensor | None, stride: int, channels: int) -> Iterator[tuple[int, tuple[int, slice], Tensor]]:
-    """The first block, the utterance and rows, and the activation's input (rows, C_in), piece by piece, each of whole blocks."""
+def _pieces(source: Tensor, first: Tensor | None, stride: int, channels: int) -> Iterator[tuple[int, tuple[slice, slice], Tensor]]:
+    """The first block, the utterances and their rows, and the activation's input (rows, C_in), piece by piece, each of whole blocks."""
     most = _PIECE_CPU if source.device.type == "cpu" else _PIECE
     step = max(1, most // (stride * channels)) * stride
     utterances = source.unsqueeze(0) if first is None else source
     width = utterances.shape[1]
-    for utterance in range(len(utterances)):
+    together = max(1, step // max(1, width))
+    for utterance in range(0, len(utterances), together):
+        some = slice(utterance, utterance + together)
         for start in range(0, width, step):
-            part = slice(start, min(start + step, width))
-            rows = utterances[utterance, part]
-            yield (utterance * width + start) // stride, (utterance, part), rows if first is None else rows @ first[utterance]
+            part = slice(start, start + step)
+            rows = utterances[some, part] if first is None else utterances[some, part] @ first[some]
+            yield (utterance * width + start) // stride, (some, part), rows.flatten(0, 1)
 
 
 def _blocks(rows: Tensor, stride: int) -> Tensor:

@@ -13,7 +13,7 @@ from k2ssl.nn.row_convolution import activate, convolve_activated, convolve_wind
 ROWS, CHANNELS, OUT = 24, 5, 7
 
 
-@pytest.fixture(params=[2**20, 45], ids=["one piece", "pieces"])
+@pytest.fixture(params=[2**20, 250, 45], ids=["one piece", "two utterances at once", "pieces"])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(row_convolution, "_PIECE_CPU", request.param)
     return request.param
@@ -56,10 +56,10 @@ def test_convolution_of_rows_equals_conv1d_with_all_gradients(kernel: int, strid
 @pytest.mark.usefixtures("piece")
 def test_convolution_of_windows_equals_conv1d_utterance_by_utterance(with_norm: bool) -> None:
     norm, weight, bias = parameters(3, with_norm, True)
-    windows = torch.randn(2, ROWS, 4, dtype=torch.float64)
-    first = torch.randn(2, 4, CHANNELS, dtype=torch.float64, requires_grad=True)
-    truth = torch.stack([plain(windows[i] @ first[i], norm, weight, bias, 2) for i in range(2)])
-    out = convolve_windows(windows, first, norm, weight, bias, 2, torch.float64).view(2, ROWS // 2, OUT)
+    windows = torch.randn(3, ROWS, 4, dtype=torch.float64)
+    first = torch.randn(3, 4, CHANNELS, dtype=torch.float64, requires_grad=True)
+    truth = torch.stack([plain(windows[i] @ first[i], norm, weight, bias, 2) for i in range(3)])
+    out = convolve_windows(windows, first, norm, weight, bias, 2, torch.float64).view(3, ROWS // 2, OUT)
     check(out[:, : truth.shape[1]], truth, [first, weight, *(norm or ())])
 
 
