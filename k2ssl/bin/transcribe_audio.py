@@ -6,7 +6,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -133,10 +133,20 @@ def recognize(audio: Tensor, recognizer: Recognizer, window_seconds: float, over
     if math.isnan(sum(found.score for found in heard)):
         raise ValueError("the model gives nan for this audio, not log-probabilities; has its training diverged?")
     tokenizer = trained.tokenizer  # pieces hold the mark of a word themselves
-    return joined(parts, heard, per_frame, tokenizer.symbols.index(tokenizer.delimiter) if tokenizer.kind == "letters" else None)
+    delimiter = tokenizer.symbols.index(tokenizer.delimiter) if tokenizer.kind == "letters" else None
+    whole = joined(parts, heard, per_frame, delimiter, tokenizer.word_numbers)
+    if whole.words is None and any(found.words for found in heard):
+        _log.warning("the lexicon spells its words so that tokens do not tell where one begins: the text is what the tokens spell")
+    return whole
 
 
-def joined(parts: Sequence[Window], heard: Sequence[Hypothesis], samples_per_frame: int, delimiter: int | None = None) -> Hypothesis:
+def joined(
+    parts: Sequence[Window],
+    heard: Sequence[Hypothesis],
+    samples_per_frame: int,
+    delimiter: int | None = None,
+    word_numbers: Callable[[Sequence[int]], list[int]] | None = None,
+) -> Hypothesis:
     """The hypotheses of neighbouring windows as one: of each overlap the earlier window has the tokens up to a seam, the later one the others.
 
     The seam is laid where both are silent longest, so that no word is cut in two, but in the middle half of the overlap, since a window
@@ -147,6 +157,8 @@ def joined(parts: Sequence[Window], heard: Sequence[Hypothesis], samples_per_fra
         samples_per_frame: of the frames of `heard`.
         delimiter: the token between words, if there is one. A window need not hear it at its ends, so that one is put at a seam unless a
             window has a word go on there and none has it end.
+        word_numbers: as of a tokenizer; with it, words of a lexicon are kept where their first tokens are. All are dropped, so that the
+            tokens are left to spell the text, where these do not tell which word each is part of.
     """
     timed = [
         [(token, part.begin_frame + frame) for token, frame in zip(found.tokens, found.frames, strict=True)]
@@ -165,7 +177,31 @@ def joined(parts: Sequence[Window], heard: Sequence[Hypothesis], samples_per_fra
         if delimiter is not None and may_lack and _ends_word(timed[number - 1], found, seams[number], delimiter):
             kept.append((delimiter, own[0][1]))
         kept += own
-    return Hypothesis(tuple(token for token, _ in kept), sum(found.score for found in heard), tuple(frame for _, frame in kept))
+    tokens = tuple(token for token, _ in kept)
+    words = _kept_words(timed, heard, seams, word_numbers) if word_numbers is not None else None
+    if word_numbers is not None and words is not None and len(words) != max(word_numbers(tokens), default=-1) + 1:
+        words = None
+    return Hypothesis(tokens, sum(found.score for found in heard), tuple(frame for _, frame in kept), words)
+
+
+def _kept_words(
+    timed: Sequence[Sequence[tuple[int, int]]],
+    heard: Sequence[Hypothesis],
+    seams: Sequence[float],
+    word_numbers: Callable[[Sequence[int]], list[int]],
+) -> tuple[str, ...] | None:
+    """The words of all windows that begin between the seams of theirs; None where there are none but what tokens spell."""
+    kept: list[str] = []
+    for number, found in enumerate(heard):
+        begins: dict[int, int] = {}
+        for word, (_, time) in zip(word_numbers(found.tokens), timed[number], strict=True):
+            begins.setdefault(word, time)
+        begins.pop(-1, None)
+        words = found.words if found.words is not None or found.tokens else ()  # silence has no words in any search
+        if words is None or len(words) != len(begins):
+            return None
+        kept += [word for word, time in zip(words, begins.values(), strict=True) if seams[number] <= time < seams[number + 1]]
+    return tuple(kept)
 
 
 def _ends_word(earlier: Sequence[tuple[int, int]], later: Sequence[tuple[int, int]], seam: float, delimiter: int) -> bool:

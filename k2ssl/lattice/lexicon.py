@@ -91,7 +91,7 @@ def read_lexicon(path: str | Path, symbols: Sequence[str], delimiter: str = "") 
         ValueError: no text in UTF-8, or as `lexicon_from_spellings`; names the file.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as text in UTF-8: {error}") from error
     spellings: dict[str, list[Sequence[str]]] = {}

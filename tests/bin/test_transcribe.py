@@ -166,6 +166,43 @@ def test_words_on_both_sides_of_a_seam_stay_two_words(left: dict[int, int], righ
         assert list(joined(parts, heard, 1).tokens) == [token for token in expected if token != 2], "pieces need no delimiter"
 
 
+def word_numbers(ids: Sequence[int]) -> list[int]:
+    """Tokens of 10 and more begin a word."""
+    return [sum(token >= 10 for token in ids[: place + 1]) - 1 for place in range(len(ids))]
+
+
+def test_words_of_a_lexicon_are_those_whose_first_tokens_are_kept() -> None:
+    parts = [Window(0, 100, 0), Window(60, 160, 60)]  # the seam lies between 70 and 90
+    heard = [
+        Hypothesis((10, 1, 11, 2, 12), 0.0, (10, 12, 70, 71, 95), ("one", "two", "unsure")),
+        Hypothesis((11, 2, 13, 3), 0.0, (11, 12, 33, 35), ("too", "three")),
+    ]
+    found = joined(parts, heard, 1, None, word_numbers)
+    assert found.tokens == (10, 1, 11, 2, 13, 3) and found.words == ("one", "two", "three")
+    silent = [*heard, Hypothesis((), 0.0)]
+    assert joined([*parts, Window(120, 220, 120)], silent, 1, None, word_numbers).words == ("one", "two", "three")
+    for other in (None, ("too",), ("too", "th", "ree")):  # tokens that spell, and lexicons that spell otherwise than in words
+        assert joined(parts, [heard[0], Hypothesis((11, 2, 13, 3), 0.0, (11, 12, 33, 35), other)], 1, None, word_numbers).words is None
+
+
+def test_a_word_of_the_lexicon_is_written_however_it_is_spelled(
+    reader: Any, run: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("flashlight.lib.text.decoder")
+    spoken = join(reader, tmp_path / "long.wav", range(6))
+    lexicon = tmp_path / "lexicon.txt"
+    options = ("--method", "ctc-lexicon", "--search.lexicon", lexicon, "--format", "json", *WINDOWS)
+    lexicon.write_text("\n".join(f"{word.lower()}x {' '.join(word)}" for word in set(spoken)))
+    content = json.loads(run(tmp_path / "long.wav", *options))
+    heard = content["text"].split()
+    assert [word for word, _, _ in content["words"]] == heard and set(heard) <= {f"{word.lower()}x" for word in spoken}
+    assert len(heard) == len(spoken) and sum(one != f"{two.lower()}x" for one, two in zip(heard, spoken, strict=True)) <= 2
+    # spelled as two words each: the tokens do not tell where the words of the lexicon begin
+    lexicon.write_text("\n".join(f"{word.lower()}x {word[0]} | {' '.join(word[1:])}" for word in set(spoken)))
+    assert json.loads(run(tmp_path / "long.wav", *options))["text"]
+    assert "tokens do not tell where one begins" in caplog.text
+
+
 def test_a_recording_may_have_any_rate_and_number_of_channels(reader: Any, run: Callable[..., str], tmp_path: Path) -> None:
     audio, _ = soundfile.read(reader.audio(1))
     time = np.arange(int(len(audio) * 44100 / 16000)) / 44100 * 16000

@@ -102,7 +102,7 @@ SYMBOLS = ("<blank>", "<unk>", "|", "a", "b")
 
 
 def test_a_lexicon_numbers_words_and_leaves_the_delimiter_to_the_graph(tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text("ab\nAB a b |\n\nab b a\n")
+    (tmp_path / "words.txt").write_text("\ufeffab\nAB a b |\n\nab b a\n", encoding="utf-8")  # with the mark that some editors put first
     lexicon = read_lexicon(tmp_path / "words.txt", SYMBOLS, "|")
     assert lexicon.words == ("ab", "AB") and lexicon.delimiter == 2
     assert lexicon.spellings == ((1, (3, 4)), (1, (4, 3)), (2, (3, 4)))
