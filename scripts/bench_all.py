@@ -36,6 +36,7 @@ _QUICK = {  # what a benchmark is asked for to see that it runs
     "step": ("--steps", "1"),
     "inference": ("--steps", "1"),
     "fused step": ("--steps", "1"),
+    "step without Triton": ("--steps", "1"),
     "growth": ("--quick",),
     "optimizer": ("--steps", "5"),
     "trainer and checkpoint": ("--seconds", "2", "--steps", "1", "--checkpoints", "1"),
@@ -84,6 +85,8 @@ def benchmarks(options: argparse.Namespace) -> list[Benchmark]:
     commands = [("step", *step(model)) for model in models]
     commands += [("inference", *step(model), "--inference") for model in models]
     commands += [("fused step", *step(model), "--fuse") for model in models if not model.startswith(_WITHOUT_FUSION)]
+    if cuda:
+        commands += [("step without Triton", *step(model), "--no-triton") for model in models if not model.startswith(_WITHOUT_FUSION)]
     commands += [
         ("growth", "bench_growth", *device),
         ("optimizer", "bench_optimizer", *device),

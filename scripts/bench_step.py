@@ -9,7 +9,8 @@ pass), backward, optimizer. On CUDA `seconds` are those of a step in a series of
 stages waits for it at its own end, so that together they take longer. The peer's step is torchaudio's model, its masked logits' cross-entropy with feature penalty, and AdamW. With
 `--inference` the forward pass to encoder frames alone is timed. `tflop` are the matrix products and convolutions of one step, as torch counts
 them while it runs (recomputed layers twice); over `seconds` and `--peak-tflops` they give `utilisation`. `operations` is how often torch hands work
-to the device in it, with nothing compiled: a GPU waits where the host needs longer for that than the GPU for the work.
+to the device in it, with nothing compiled: a GPU waits where the host needs longer for that than the GPU for the work. `traffic_gb` is what
+these operations read and write, each tensor once an operation, whether from memory or a cache. What Triton's kernels do is in none of the three.
 `--kernels 10` lists what takes longest.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -33,11 +35,13 @@ from benchmark import PeakMemory, Stopwatch, device_here, in_own_process, machin
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from k2ssl.models.frontend import LogMelConfig, WaveformFrontend
 from k2ssl.models.hubert import HubertConfig, HubertModel
 from k2ssl.nn.fusion import use_fusion
+from k2ssl.nn.kernels import use_triton
 from k2ssl.optim.build import OptimConfig, build_optimizer
 
 SIZES = ("tiny", "zipformer_base", "zipformer_large", "hubert_base", "hubert_large")
@@ -151,27 +155,50 @@ def timed_series(job: Ours | Peer, device: torch.device, autocast: Callable[[], 
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts what is handed to the device: operations of torch that write memory, not those that give a view or make room."""
+    """Counts what is handed to the device: operations of torch that write memory, not those that give a view or make room; and their bytes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
+        self.traffic = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        self.operations += not (function.is_view or "empty" in name or name in _NO_WORK)
+        if not (function.is_view or "empty" in name or name in _NO_WORK):
+            self.operations += 1
+            self.traffic += _traffic(function, args, kwargs or {}, result)
         return result
 
 
 _NO_WORK = ("_unsafe_view", "detach", "promote_types")
+_WRITE_ONLY = ("copy_", "fill_", "zero_")
+
+
+def _traffic(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Bytes of what an operation reads and of what it writes."""
+    arguments = function._schema.arguments
+    written = {argument.name for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write}
+    given = {**{argument.name: value for argument, value in zip(arguments, args, strict=False)}, **kwargs}
+    blind = function.overloadpacket.__name__ in _WRITE_ONLY or bool(written - {"self"})  # what is written is not read before
+    read = [value for name, value in given.items() if not (blind and name in written)]
+    return sum(_bytes(leaf) for leaf in tree_leaves((read, result)) if isinstance(leaf, Tensor))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """In memory: what is expanded lies there once."""
+    return tensor.element_size() * math.prod(length for length, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
 
 
 def counted(run: Callable[[], Any]) -> dict[str, float]:
-    """TFLOP of the matrix products and convolutions in `run`, and its operations."""
+    """TFLOP of the matrix products and convolutions in `run`, its operations, and the GB that they read and write."""
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as flop, OperationCounter() as operations:
         run()
-    return {"tflop": float(f"{flop.get_total_flops() / 1e12:.4g}"), "operations": operations.operations}
+    return {
+        "tflop": float(f"{flop.get_total_flops() / 1e12:.4g}"),
+        "operations": operations.operations,
+        "traffic_gb": float(f"{operations.traffic / 1e9:.4g}"),
+    }
 
 
 def _addmm_flop(total: Any, left: Any, right: Any, **_: Any) -> int:
@@ -198,6 +225,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     job = (Peer if options.model in PEERS else Ours)(options, device)
     if options.fuse:
         use_fusion("inductor")
+    use_triton(not options.no_triton)
     run = timed_inference if options.inference else timed_stages
 
     def autocast() -> Any:
@@ -238,7 +266,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         **stages,
         "optimizer_share": round(stages.get("optimizer", 0.0) / whole["median"], 4),
         "build_and_first_step": round(first, 2),
-        **{name: True for name in ("recompute_layers", "plain_frontend", "fuse") if getattr(options, name)},
+        **{name: True for name in ("recompute_layers", "plain_frontend", "fuse", "no_triton") if getattr(options, name)},
         **kernels,
         **machine(device),
         "torchaudio": torchaudio.__version__,
@@ -262,6 +290,7 @@ def main() -> int:
     parser.add_argument("--recompute-layers", action="store_true", help="activation checkpointing of our encoders")
     parser.add_argument("--plain-frontend", action="store_true", help="our waveform frontend without its fast path")
     parser.add_argument("--fuse", action="store_true", help="chains of elementwise operations compiled (ours)")
+    parser.add_argument("--no-triton", action="store_true", help="on a GPU without our Triton kernels")
     parser.add_argument(
         "--peak-tflops", type=float, default=0.0, help="of the device in this precision, for the utilisation (default: none)"
     )

@@ -27,6 +27,7 @@ from k2ssl.models.frontend import WaveformFrontend
 from k2ssl.models.transformer import TransformerLayer
 from k2ssl.models.zipformer_layer import ZipformerLayer
 from k2ssl.nn.fusion import check_fusion, use_fusion
+from k2ssl.nn.kernels import use_triton
 from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, build_schedule
 from k2ssl.report.card import begin_card, finish_card
 from k2ssl.structure import to_dict
@@ -54,6 +55,7 @@ MAY_CHANGE = (
     "diagnose",
     "preflight",
     "activation_checkpointing",
+    "triton",
     "tokenizer",  # its hash counts, not where it lies
     "data.num_workers",
     "data.max_check",
@@ -82,6 +84,7 @@ class TrainingJob:
     device: str = "auto"
     activation_checkpointing: bool = False
     fuse: bool = False
+    triton: bool = True
     resume: str = "auto"
     accept_changes: bool = False
     estimate: bool = False
@@ -139,6 +142,7 @@ def run_training(
         with refusing():
             use_fusion("inductor" if job.fuse else None)
             check_fusion(device)
+            use_triton(job.triton)
             data = open_data()
             if distributed.is_main() and not is_trial:
                 # before we look: who trains there now may write a newer checkpoint than we would find

@@ -10,19 +10,16 @@ error, never replaced by another one. Which one runs on a device is logged when 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
-import shutil
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from k2ssl.gpu_kernels import why_no_triton
 from k2ssl.losses import transducer_sweep
 from k2ssl.losses.transducer_diagonals import Diagonals
 
@@ -82,20 +79,6 @@ def recursion(name: Literal["torch", "triton"]) -> tuple[NewArcs, Sweep]:
     from k2ssl.losses.transducer_kernel import new_arcs, sweep  # imports triton, which not every machine has
 
     return new_arcs, sweep
-
-
-def why_no_triton() -> str | None:
-    """What Triton lacks to compile its kernels: itself, the C compiler or the headers that its launcher is made with; None: nothing."""
-    return _not_installed("triton") or _nothing_to_compile_with()
-
-
-@functools.cache  # every loss asks
-def _nothing_to_compile_with() -> str | None:
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton finds no C compiler; install gcc, or name one in the environment variable CC"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Triton finds no Python.h; install the headers of this Python (python3-dev)"
-    return None
 
 
 def _not_installed(name: Backend) -> str | None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from k2ssl.nn.dropout import Dropout
-from k2ssl.nn.fusion import fuses, fusible
 from k2ssl.nn.initial import scale_initial
+from k2ssl.nn.kernels import triton_kernels
 from k2ssl.nn.precision import product_dtype
 from k2ssl.nn.schedule import Clock, Schedule
 
@@ -64,7 +64,6 @@ class Swoosh:
 
 swoosh_l = Swoosh("l", shift=4.0, offset=0.035)  # for feed-forward layers: "normally off"
 swoosh_r = Swoosh("r", shift=1.0, offset=0.313261687)  # zero at x = 0: for convolutions
-_BY_NAME = {"l": swoosh_l, "r": swoosh_r}
 
 
 class SwooshDropoutLinear(nn.Module):
@@ -146,8 +145,9 @@ class _SwooshDropoutLinear(torch.autograd.Function):
 
 def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
     """activation(x) * mask in `dtype`, frames in rows whatever the strides of `x`: `F.linear` would copy its weights per utterance."""
-    if fuses() and _kernels is None:
-        return _activate_chain(x, mask, activation.name, dtype)
+    if _kernels is None and (kernels := triton_kernels(x.device, x.dtype, dtype)):
+        found: Tensor = kernels.swoosh(x, mask, activation.shift, _SLOPE, activation.offset, dtype)
+        return found
     hidden = x.new_empty(x.shape, dtype=dtype)
     for part in _parts(x):
         values = activation.value(_at_least_float32(x[part]))
@@ -157,8 +157,9 @@ def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.d
 
 def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
     """grad * activation'(x) * mask in the dtype of `x`."""
-    if fuses() and _kernels is None:
-        return _derivative_chain(grad, x, mask, activation.name)
+    if _kernels is None and (kernels := triton_kernels(x.device, x.dtype, grad.dtype)):
+        found: Tensor = kernels.swoosh_backward(grad, x, mask, activation.shift, _SLOPE)
+        return found
     grad_x = torch.empty_like(x)
     for part in _parts(x):
         derivative = activation.derivative(_at_least_float32(x[part]))
@@ -166,20 +167,6 @@ def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: 
             derivative *= mask[part[0]]
         grad_x[part] = derivative.mul_(grad[part])
     return grad_x
-
-
-@fusible
-def _activate_chain(x: Tensor, mask: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
-    """`_activate` at once; by the activation's name, since a compiled function takes its constants for arguments otherwise."""
-    values = _BY_NAME[name](_at_least_float32(x))
-    return (values if mask is None else values * mask).to(dtype).contiguous()
-
-
-@fusible
-def _derivative_chain(grad: Tensor, x: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """`_times_derivative` at once."""
-    derivative = _BY_NAME[name].derivative(_at_least_float32(x))
-    return ((derivative if mask is None else derivative * mask) * grad).to(x.dtype)
 
 
 def _parts(x: Tensor) -> Iterator[tuple[int | slice, ...]]:

@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from k2ssl.nn.fusion import fusible
+from k2ssl.nn.kernels import triton_kernels
 
 _PIECE_CPU = 2**20  # elements worked on at a time
 _PIECE = 2**27  # a GPU wants few kernels: several utterances at once, and temporary tensors of half a gigabyte in float32
 _EPS = 1e-5
 
+Part = tuple[slice, slice]  # utterances, and rows of each of them
 Norm = tuple[Tensor, Tensor]  # weight and bias (C,) of a layer normalisation over channels
 
 
@@ -83,14 +85,13 @@ class _Convolve(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(source, first, norm_weight, norm_bias, weight)
         ctx.stride, ctx.dtype, ctx.bias_dtype = stride, dtype, None if bias is None else bias.dtype
-        norm = None if norm_weight is None or norm_bias is None else (norm_weight, norm_bias)
+        activated = _Activated(source, first, None if norm_weight is None or norm_bias is None else (norm_weight, norm_bias), dtype)
         with torch.autocast(source.device.type, enabled=False):
             taps = _taps(weight, stride, dtype)
             shift = None if bias is None else bias.to(dtype)
-            num_rows = source.shape[0] if first is None else source.shape[0] * source.shape[1]
-            out = torch.empty(num_rows // stride, weight.shape[0], dtype=dtype, device=source.device)
-            for start, _, rows in _pieces(source, first, stride, weight.shape[1]):
-                blocks = _blocks(activate(rows, norm).to(dtype), stride)
+            out = torch.empty(activated.num_rows // stride, weight.shape[0], dtype=dtype, device=source.device)
+            for start, part in activated.parts(stride, weight.shape[1]):
+                blocks = _blocks(activated.values(part), stride)
                 end = start + len(blocks)
                 if shift is None:
                     torch.mm(blocks[:, : len(taps[0])], taps[0], out=out[start:end])
@@ -106,17 +107,14 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         source, first, norm_weight, norm_bias, weight = ctx.saved_tensors
         stride, dtype = ctx.stride, ctx.dtype
-        norm = None if norm_weight is None else (norm_weight, norm_bias)
+        activated = _Activated(source, first, None if norm_weight is None else (norm_weight, norm_bias), dtype)
         with torch.autocast(source.device.type, enabled=False):
             grad = grad.to(dtype).contiguous()
             taps = _taps(weight, stride, dtype)
             grad_taps = [torch.zeros(tap.shape, dtype=_wide(dtype), device=tap.device) for tap in taps]
-            grad_source = torch.empty_like(source) if first is None else None
-            grad_first = None if first is None else torch.zeros_like(first)
-            grad_norm = None if norm is None else [torch.zeros_like(norm_weight, dtype=_wide(dtype)) for _ in range(2)]
-            for start, (utterances, part), rows in _pieces(source, first, stride, weight.shape[1]):
-                normal = None if norm is None else _normalised(rows, norm)
-                blocks = _blocks(F.gelu(rows if normal is None else normal[0]).to(dtype), stride)
+            activated.start_gradients()
+            for start, part in activated.parts(stride, weight.shape[1]):
+                blocks = _blocks(activated.values_again(part), stride)
                 end = start + len(blocks)
                 grad_blocks = torch.empty_like(blocks)
                 grad_blocks[:, len(taps[0]) :].zero_()
@@ -127,40 +125,82 @@ class _Convolve(torch.autograd.Function):
                     if back:
                         grad_blocks[skipped:, : len(tap)].addmm_(seen, tap.t())
                     grad_taps[back] += blocks[skipped:, : len(tap)].t() @ seen
-                grad_rows = grad_blocks.view(-1, weight.shape[1])
-                if normal is None or norm is None or grad_norm is None:
-                    if grad_source is not None:
-                        torch.ops.aten.gelu_backward.grad_input(grad_rows, rows, grad_input=grad_source[part])
-                        continue
-                    grad_rows = torch.ops.aten.gelu_backward(grad_rows.to(rows.dtype), rows)
-                else:
-                    grad_rows, *parts = _through_norm(grad_rows, rows, *normal, *norm)
-                    for total, part_of_it in zip(grad_norm, parts, strict=True):
-                        total += part_of_it
-                if grad_source is not None:
-                    grad_source[part] = grad_rows
-                elif grad_first is not None:
-                    seen_windows = source[utterances, part]
-                    grad_first[utterances].baddbmm_(seen_windows.transpose(1, 2), grad_rows.view(*seen_windows.shape[:2], -1))
+                activated.backward(part, grad_blocks.view(-1, weight.shape[1]))
             grad_weight = _untap(grad_taps, weight)
             grad_bias = None if ctx.bias_dtype is None else grad.sum(0, dtype=ctx.bias_dtype)
-        grads_norm = (None, None) if grad_norm is None else (grad_norm[0].to(norm_weight.dtype), grad_norm[1].to(norm_bias.dtype))
-        return grad_source, grad_first, *grads_norm, grad_weight, grad_bias, None, None
+        return *activated.gradients(), grad_weight, grad_bias, None, None
 
 
-def _pieces(source: Tensor, first: Tensor | None, stride: int, channels: int) -> Iterator[tuple[int, tuple[slice, slice], Tensor]]:
-    """The first block, the utterances and their rows, and the activation's input (rows, C_in), piece by piece, each of whole blocks."""
-    most = _PIECE_CPU if source.device.type == "cpu" else _PIECE
-    step = max(1, most // (stride * channels)) * stride
-    utterances = source.unsqueeze(0) if first is None else source
-    width = utterances.shape[1]
-    together = max(1, step // max(1, width))
-    for utterance in range(0, len(utterances), together):
-        some = slice(utterance, utterance + together)
-        for start in range(0, width, step):
-            part = slice(start, start + step)
-            rows = utterances[some, part] if first is None else utterances[some, part] @ first[some]
-            yield (utterance * width + start) // stride, (some, part), rows.flatten(0, 1)
+class _Activated:
+    """What a convolution works on, part by part: gelu(rows) or gelu(layer_norm(rows)), where rows are `source` or windows times `first`.
+
+    Windows without a normalisation have Triton's kernels where there are some, which write the result alone.
+    """
+
+    def __init__(self, source: Tensor, first: Tensor | None, norm: Norm | None, dtype: torch.dtype) -> None:
+        self.source, self.first, self.norm, self.dtype = source, first, norm, dtype
+        self.utterances, self.width = (1, len(source)) if first is None else source.shape[:2]
+        self.num_rows = self.utterances * self.width
+        kernels = None if first is None or norm is not None else triton_kernels(source.device, source.dtype, dtype)
+        self.kernels = kernels if kernels is not None and source.shape[2] <= kernels.MOST_TAPS else None
+
+    def parts(self, stride: int, channels: int) -> Iterator[tuple[int, Part]]:
+        """Each of whole blocks, with its first block; without `first`, all rows count as one utterance."""
+        most = _PIECE_CPU if self.source.device.type == "cpu" else _PIECE
+        step = max(1, most // (stride * channels)) * stride
+        together = max(1, step // max(1, self.width))
+        for utterance in range(0, self.utterances, together):
+            for start in range(0, self.width, step):
+                yield (utterance * self.width + start) // stride, (slice(utterance, utterance + together), slice(start, start + step))
+
+    def values(self, part: Part) -> Tensor:
+        """(rows, C_in) in the dtype of the convolution."""
+        if self.kernels is not None and self.first is not None:
+            found: Tensor = self.kernels.gelu_of_products(self.source[part], self.first[part[0]], self.dtype)
+            return found
+        return activate(self._rows(part), self.norm).to(self.dtype)
+
+    def start_gradients(self) -> None:
+        self.grad_source = torch.empty_like(self.source) if self.first is None else None
+        self.grad_first = None if self.first is None else torch.zeros_like(self.first)
+        self.grad_norm = None if self.norm is None else [torch.zeros_like(self.norm[0], dtype=_wide(self.dtype)) for _ in range(2)]
+
+    def values_again(self, part: Part) -> Tensor:
+        """`values`, remembering what `backward` of the same part needs."""
+        if self.kernels is not None:
+            return self.values(part)
+        self.rows = self._rows(part)
+        self.normal = None if self.norm is None else _normalised(self.rows, self.norm)
+        return F.gelu(self.rows if self.normal is None else self.normal[0]).to(self.dtype)
+
+    def backward(self, part: Part, grad: Tensor) -> None:
+        """Takes the gradient of `values_again` in, (rows, C_in)."""
+        if self.kernels is not None and self.first is not None and self.grad_first is not None:
+            self.grad_first[part[0]] += self.kernels.gelu_of_products_backward(grad, self.source[part], self.first[part[0]])
+            return
+        if self.normal is not None and self.norm is not None and self.grad_norm is not None:
+            grad, *parts = _through_norm(grad, self.rows, *self.normal, *self.norm)
+            for total, part_of_it in zip(self.grad_norm, parts, strict=True):
+                total += part_of_it
+        elif self.grad_source is not None:
+            torch.ops.aten.gelu_backward.grad_input(grad, self.rows, grad_input=self.grad_source[part[1]])
+            return
+        else:
+            grad = torch.ops.aten.gelu_backward(grad.to(self.rows.dtype), self.rows)
+        if self.grad_source is not None:
+            self.grad_source[part[1]] = grad
+        elif self.grad_first is not None:
+            windows = self.source[part]
+            self.grad_first[part[0]].baddbmm_(windows.transpose(1, 2), grad.view(*windows.shape[:2], -1))
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of `source`, `first`, and the weight and bias of `norm`."""
+        if self.norm is None or self.grad_norm is None:
+            return self.grad_source, self.grad_first, None, None
+        return self.grad_source, self.grad_first, *(total.to(of.dtype) for total, of in zip(self.grad_norm, self.norm, strict=True))
+
+    def _rows(self, part: Part) -> Tensor:
+        return self.source[part[1]] if self.first is None else (self.source[part] @ self.first[part[0]]).flatten(0, 1)
 
 
 def _blocks(rows: Tensor, stride: int) -> Tensor:

@@ -222,7 +222,7 @@ def test_triton_is_held_against_pytorch_where_there_is_a_gpu(monkeypatch: pytest
     finding = only(doctor_checks.triton)
     assert finding.status == "warning" and "in PyTorch, slower: Triton finds no C compiler" in finding.text
     monkeypatch.setattr(doctor_checks, "_what_triton_lacks", lambda: None)
-    for difference, status in ((0.0, "ok"), (0.1, "error")):
+    for difference, status in ((0.0, "ok"), (0.1, "error"), (float("nan"), "error")):
         monkeypatch.setattr(doctor_checks, "_kernel_difference", lambda module, it=difference: it)
         assert only(doctor_checks.triton).status == status
     monkeypatch.setattr(doctor_checks, "_kernel_difference", failing("no C compiler"))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from k2ssl.bin import average, pretrain
+from k2ssl.bin import average, pretrain, training_run
 from k2ssl.config import load
 from k2ssl.data.cuts import read_cuts
 from k2ssl.data.labels import LabelStore
@@ -98,6 +98,15 @@ def test_a_run_trains_validates_averages_and_accounts(whole: Path, sounds: Any) 
     assert ledger["status"] == "done" and ledger["steps"] == STEPS and ledger["program"] == "pretrain"
     assert ledger["audio_seconds"] == pytest.approx(3600 * lines(whole, "train", "audio_hours")[-1][1])
     assert sorted(path.name for path in (whole / "checkpoints").glob("step-*.pt"))[-1] == "step-000000012.pt"
+
+
+def test_kernels_of_triton_can_be_switched_off_and_on_again(sounds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[bool] = []
+    monkeypatch.setattr(training_run, "use_triton", chosen.append)
+    command = (*sounds.command(tmp_path / "run"), "--preflight.run", "False")
+    assert pretrain.main([*command, "--trainer.max-steps", "1", "--triton", "False"]) == 0
+    assert pretrain.main([*command, "--trainer.max-steps", "2"]) == 0
+    assert chosen == [False, True]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from k2ssl import gpu_kernels
 from k2ssl.losses import transducer_backend
 from k2ssl.losses.transducer import full_loss, pruned_loss
 from k2ssl.losses.transducer_backend import lattice_backend, use_lattice_backend
@@ -24,13 +25,13 @@ from k2ssl.losses.transducer_lattice import NEG_INF, forward_backward, make_boun
 def _automatic_before_and_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(transducer_backend, "_announced", set())
-    monkeypatch.setattr(transducer_backend, "_nothing_to_compile_with", lambda: None)  # whatever this machine has
+    monkeypatch.setattr(gpu_kernels, "nothing_to_compile_with", lambda: None)  # whatever this machine has
     use_lattice_backend("auto")
     yield
     use_lattice_backend("auto")
 
 
-LOOK_FOR_A_COMPILER = transducer_backend._nothing_to_compile_with.__wrapped__  # without what it remembers
+LOOK_FOR_A_COMPILER = gpu_kernels.nothing_to_compile_with.__wrapped__  # without what it remembers
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **packages: bool) -> None:
@@ -198,15 +199,15 @@ def test_a_k2_that_does_not_load_is_refused_with_its_error(monkeypatch: pytest.M
 
 def test_automatic_is_torch_where_triton_finds_nothing_to_compile_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed(monkeypatch, triton=True)
-    monkeypatch.setattr(transducer_backend, "_nothing_to_compile_with", LOOK_FOR_A_COMPILER)
+    monkeypatch.setattr(gpu_kernels, "nothing_to_compile_with", LOOK_FOR_A_COMPILER)
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(transducer_backend.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(gpu_kernels.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(transducer_backend.shutil, "which", lambda name: None)
-    assert lattice_backend("cuda") == "torch" and "no C compiler" in str(transducer_backend.why_no_triton())
+    monkeypatch.setattr(gpu_kernels.shutil, "which", lambda name: None)
+    assert lattice_backend("cuda") == "torch" and "no C compiler" in str(gpu_kernels.why_no_triton())
     monkeypatch.setenv("CC", "cc")
     assert lattice_backend("cuda") == "triton"
     (tmp_path / "Python.h").unlink()
-    assert lattice_backend("cuda") == "torch" and "Python.h" in str(transducer_backend.why_no_triton())
+    assert lattice_backend("cuda") == "torch" and "Python.h" in str(gpu_kernels.why_no_triton())
     use_lattice_backend("triton")  # asked for, it is not replaced
     assert lattice_backend("cuda") == "triton"

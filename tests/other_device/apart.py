@@ -251,9 +251,26 @@ def _autocast(name: str, choose: Callable[[list[torch.dtype]], torch.dtype]) -> 
     _aten.impl(name, cast, "AutocastPrivateUse1")
 
 
+def _autocast_result(name: str) -> None:
+    """Have an operation compute in float32 unless it was told a type, without casting its argument first."""
+    op, here = _op(name), DispatchKeySet(DispatchKey.AutocastPrivateUse1)
+    place = next(place for place, argument in enumerate(op._schema.arguments) if argument.name == "dtype")
+
+    def choose(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        told = kwargs.get("dtype", args[place - 1] if len(args) >= place else None)
+        if told is None and x.is_floating_point() and x.dtype != torch.float64:
+            args, kwargs = args[: place - 1], {**kwargs, "dtype": torch.float32}
+        with torch._C._ExcludeDispatchKeyGuard(here):
+            return op(x, *args, **kwargs)
+
+    _aten.impl(name, choose, "AutocastPrivateUse1")
+
+
 for _name in _LOW.split():
     _autocast(_name, lambda dtypes: torch.get_autocast_dtype(NAME))
-for _name in (_FLOAT32 + " " + _RESULT_FLOAT32).split():
+for _name in _FLOAT32.split():
     _autocast(_name, lambda dtypes: torch.float32)
+for _name in _RESULT_FLOAT32.split():
+    _autocast_result(_name)
 for _name in _WIDEST.split():
     _autocast(_name, lambda dtypes: torch.float32 if torch.float32 in dtypes else torch.get_autocast_dtype(NAME))

@@ -194,9 +194,17 @@ def test_the_work_of_a_step_is_its_products_and_the_operations_that_write_memory
 
     left, right, total = torch.ones(5, 7), torch.ones(7, 3), torch.ones(5, 3)
     chain = bench_step.counted(lambda: (left @ right).t().reshape(-1).unsqueeze(0).add(1.0).sum())  # product, copy, addition, sum
-    assert chain == {"tflop": pytest.approx(2 * 5 * 7 * 3 / 1e12), "operations": 4}
+    assert chain == {
+        "tflop": pytest.approx(2 * 5 * 7 * 3 / 1e12),
+        "operations": 4,
+        "traffic_gb": pytest.approx(4 * (71 + 30 + 30 + 16) / 1e9),
+    }
     in_place = bench_step.counted(lambda: total.addmm_(left, right))  # torch's own counter does not know it
-    assert in_place == {"tflop": pytest.approx(2 * 5 * 7 * 3 / 1e12), "operations": 1}
+    assert in_place == {"tflop": pytest.approx(2 * 5 * 7 * 3 / 1e12), "operations": 1, "traffic_gb": pytest.approx(4 * (71 + 15) / 1e9)}
+    written = bench_step.counted(lambda: torch.mm(left, right, out=total))  # what lay there before is not read
+    assert written["traffic_gb"] == pytest.approx(4 * 71 / 1e9)
+    row = torch.ones(1, 3).expand(5, 3)  # is one row in memory
+    assert bench_step.counted(lambda: total.copy_(row))["traffic_gb"] == pytest.approx(4 * (3 + 15) / 1e9)
 
 
 def test_rounded_crops_are_of_the_same_batches_in_fewer_lengths(scripts: None) -> None:
