@@ -107,6 +107,7 @@ _run() {
     _child=
     [ -z "$_stopper" ] || { kill "$_stopper" 2>/dev/null && wait "$_stopper"; } || true
     wait ${_tees[@]+"${_tees[@]}"} || true # before Bash 5.1 only the last can be waited for
+    [ "$_status" = 0 ] || [ -z "${K2SSL_STOPPED:-}" ] || [ ! -e "$K2SSL_STOPPED" ] || _interrupted=true # see launch/task.sh
     ! $_interrupted || _status=130
     return $_status # the caller's `set -e` then acts
 }

@@ -16,16 +16,22 @@ descendants() {
     done
 }
 
+# a file that is there once the task has been told to stop: recipes/common.sh then takes what a program ends with for an interruption, since torchrun
+# makes 1 of every status but 0
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export K2SSL_STOPPED=$folder/stopped
 (trap '' TERM && exec bash "$@") &
 recipe=$!
 told=false
 # shellcheck disable=SC2046 # one word for each process
-trap 'told=true; kill -TERM $(descendants "$recipe") 2>/dev/null || true' TERM
+trap 'told=true; touch "$K2SSL_STOPPED"; kill -TERM $(descendants "$recipe") 2>/dev/null || true' TERM
 status=0
 wait "$recipe" || status=$?
 if $told; then # a signal ends `wait`, not the recipe
     while kill -0 "$recipe" 2>/dev/null; do wait "$recipe" || true; done
     status=0
     wait "$recipe" || status=$?
+    [ "$status" -eq 0 ] || status=130
 fi
 exit "$status"

@@ -245,6 +245,18 @@ def test_a_program_that_ends_well_in_spite_of_a_signal_does_not_lead_on_to_the_n
     assert "stage 5" not in stderr
 
 
+@pytest.mark.parametrize(("told", "status", "named"), [(True, 130, "interrupted after"), (False, 1, "failed after")])
+def test_a_program_that_fails_when_its_task_was_told_to_stop_is_interrupted(
+    launching: Made, tmp_path: Path, told: bool, status: int, named: str
+) -> None:
+    launching.program("exit 1")  # what torchrun makes of 130
+    if told:
+        (tmp_path / "stopped").touch()
+    done = launching.run(K2SSL_STOPPED=str(tmp_path / "stopped"))
+    assert done.returncode == status and f"stage 4 (train) {named}" in done.stderr
+    assert [row[4] for row in launching.table()[1:]] == [str(status)]
+
+
 def test_where_the_shell_must_ignore_term_torchrun_must_too(launching: Made) -> None:
     command = f"trap '' TERM; exec bash {shlex.quote(str(launching.script))} --ngpu 2 --dry-run"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "K2SSL_VENV": "/none"})

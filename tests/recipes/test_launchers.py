@@ -27,6 +27,7 @@ for ((i = 0; i < tasks; i++)); do
     SLURM_NODEID=$i "$@" &
     pids+=($!)
 done
+printf '%s\\n' "${pids[@]}" >"$HERE/tasks"
 trap 'for pid in "${pids[@]}"; do kill -TERM "$pid"; done' TERM
 highest=0
 for pid in "${pids[@]}"; do
@@ -101,8 +102,11 @@ def read(slurm: dict[str, str], name: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def interrupted(slurm: dict[str, str], *options: str, **more: str) -> tuple[int, str]:
-    """Status and standard error of a job whose batch shell alone gets SIGTERM, as --signal=B: does it, when all programs are under way."""
+def interrupted(slurm: dict[str, str], *options: str, tasks: bool = False, **more: str) -> tuple[int, str]:
+    """Status and standard error of a job that gets SIGTERM when all programs are under way.
+
+    Its batch shell alone does, as --signal=B: has it, or the first process of each of its tasks alone, as when its machines are taken away.
+    """
     process = job(slurm, *options, LENGTH="long", **more)
     try:
         deadline = time.monotonic() + 60
@@ -110,7 +114,8 @@ def interrupted(slurm: dict[str, str], *options: str, **more: str) -> tuple[int,
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         for _ in range(2):  # the time limit, and somebody who takes the machines away: a second signal cuts nothing short
-            process.send_signal(signal.SIGTERM)
+            for pid in map(int, read(slurm, "tasks").split()) if tasks else [process.pid]:
+                os.kill(pid, signal.SIGTERM)
             time.sleep(0.1)
         _, error = process.communicate(timeout=60)
     finally:
@@ -132,7 +137,7 @@ def test_a_recipe_runs_on_every_machine_and_meets_at_the_first(slurm: dict[str, 
     ]
     (step,) = read(slurm, "srun").splitlines()
     assert step.startswith(
-        "--nodes 2 --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit=0 --wait 600 --cpus-per-task 64 bash recipes/launch/task.sh"
+        "--nodes 2 --ntasks 2 --ntasks-per-node 1 --kill-on-bad-exit=0 --wait 0 --cpus-per-task 64 bash recipes/launch/task.sh"
     )
     assert not read(slurm, "scontrol")
 
@@ -153,6 +158,13 @@ def test_a_signal_that_reaches_the_tasks_alone_puts_the_job_back_into_the_queue_
     process = job(slurm, recipe(slurm), WHEN_DONE="130")
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted, exit status 130" in error
+    assert read(slurm, "scontrol") == "requeue 412345\n"
+
+
+def test_so_does_one_of_which_torchrun_makes_a_failure(slurm: dict[str, str]) -> None:
+    status, error = interrupted(slurm, recipe(slurm), tasks=True, WHEN_STOPPED="1")
+    assert (Path(slurm["HERE"]) / "saved-0").exists() and (Path(slurm["HERE"]) / "saved-1").exists()
+    assert status == 130 and "interrupted, exit status 130" in error
     assert read(slurm, "scontrol") == "requeue 412345\n"
 
 
