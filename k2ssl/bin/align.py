@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from k2ssl.atomic_file import atomic_file
-from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals
+from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals, id_checker
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_model import TrainedModel
@@ -180,16 +180,14 @@ def _reasons(unaligned: Unaligned) -> str:
 
 def _id_checker() -> Callable[[Cut], None]:
     """A function that refuses cuts whose id a CTM file cannot hold, or that another cut has."""
-    ids: set[str] = set()
+    distinct = id_checker("align")
 
     def check(cut: Cut) -> None:
         if cut.id.split() != [cut.id] or ";;" in cut.id:
             raise ValueError(
                 f"cut id {cut.id!r}: a CTM file cannot hold white space or ';;' in a name; rename the file, make the manifest anew"
             )
-        if cut.id in ids:
-            raise ValueError(f"cuts: the id {cut.id!r} occurs twice; align the manifests apart, or make manifests whose ids differ")
-        ids.add(cut.id)
+        distinct(cut)
 
     return check
 

@@ -239,6 +239,22 @@ def read_skipped(path: Path) -> dict[str, str]:
     return {cut_id: reason for cut_id, tab, reason in lines if tab}  # a kill may have torn the last line
 
 
+def id_checker(verb: str) -> Callable[[Cut], None]:
+    """A function to show every cut to; it refuses one whose id another had before, in the same manifest or not.
+
+    Args:
+        verb: what may be done with the manifests apart, such as "decode".
+    """
+    ids: set[str] = set()
+
+    def check(cut: Cut) -> None:
+        if cut.id in ids:
+            raise ConfigError(f"cuts: the id {cut.id!r} occurs twice; {verb} the manifests apart, or make manifests whose ids differ")
+        ids.add(cut.id)
+
+    return check
+
+
 def cut_totals(cuts: Iterable[Cut], seen: Callable[[Cut], None]) -> Survey:
     """Read the manifests through once, showing every cut to `seen`."""
     from k2ssl.data.labels import cut_list_hash

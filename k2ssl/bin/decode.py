@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from k2ssl import __version__, distributed
-from k2ssl.bin.cluster_cuts import PATIENCE_MINUTES, Chained, CutLists, Survey, cut_totals, on_main
+from k2ssl.bin.cluster_cuts import PATIENCE_MINUTES, Chained, CutLists, Survey, cut_totals, id_checker, on_main
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_folder import (
     HYPOTHESES,
@@ -42,7 +42,6 @@ from k2ssl.bin.program import run_program
 from k2ssl.bin.progress import AudioProgress
 from k2ssl.bin.recognition_job import RecognitionJob
 from k2ssl.bin.refusal import refusing, say
-from k2ssl.config import ConfigError
 from k2ssl.decode.hypotheses import Hypothesis
 from k2ssl.decode.results import Alternative, Result
 from k2ssl.decode.wer import error_report
@@ -93,7 +92,7 @@ def decode(job: Decode) -> None:
             trained = job.load_model(device)
             recognizer = build_recognizer(job.method, job.search, trained)
             cuts = Chained(CutLists(job.cuts).open())
-        totals = on_main(lambda: survey(cuts))
+        totals = on_main(lambda: cut_totals(cuts, id_checker("decode")))
         with opened(output, job.overwrite, record_of(job, recognizer, totals)) as finished:
             if finished:
                 say(f"{output}: complete already", summary(finished))
@@ -103,24 +102,6 @@ def decode(job: Decode) -> None:
                 with distributed.failing_together():
                     if distributed.is_main():
                         finish(output, cuts, totals, speed, device)
-
-
-def survey(cuts: Chained) -> Survey:
-    """Read the manifests through once.
-
-    Raises:
-        ConfigError: two manifests hold the same id.
-    """
-    several = len(cuts.lists) > 1  # a single manifest has been searched for ids that occur twice when it was opened
-    ids: set[str] = set()
-
-    def seen(cut: Cut) -> None:
-        if cut.id in ids:
-            raise ConfigError(f"cuts: the manifests share the id {cut.id!r}; decode them apart, or make manifests whose ids differ")
-        if several:
-            ids.add(cut.id)
-
-    return cut_totals(cuts, seen)
 
 
 def record_of(job: Decode, recognizer: Recognizer, totals: Survey) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
     """Load settings of dataclass `cls`, call `main` with them; returns the exit status.
 
     An error for people (`ValueError`, `OSError`, unreadable audio, no memory left) becomes one line on standard error. Any other
-    is a mistake of ours: it passes, with its traceback.
+    is a mistake of ours: it passes, with its traceback. A package that is not installed becomes one line, too.
     """
     _log_to_stderr()
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
@@ -53,6 +53,13 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
     except KeyboardInterrupt:
         print(f"{program}{rank}: interrupted; the same command goes on, or begins again where nothing was kept", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "k2ssl":
+            raise
+        print(
+            f"{program}{rank}: the package {error.name} is not installed; python -m k2ssl.bin.doctor says what is lacking", file=sys.stderr
+        )
+        return 1
     except Exception as error:
         if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE and _NO_MEMORY_ON_CPU not in str(error):
             raise

@@ -78,9 +78,9 @@ class ScoreJob:
 def run(job: ScoreJob) -> None:
     """Do the job."""
     _check(job)
-    output = check_folder(job.output)
     scores = [(path, _scored(path, job)) for path in job.hypotheses]
     comparison = _compared(scores, job) if job.compare else None
+    output = check_folder(job.output)  # after what may be refused, which takes seconds, so that no empty folder is left
     _write(output / "report.txt", report_text(scores, comparison, job))
     _write(output / "wer.json", json.dumps(report_content(scores, comparison, job), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     print("\n".join(f"{path}\n{result.word.text()}" for path, result in scores))

@@ -162,6 +162,8 @@ def _tokenized(text: tuple[str, ...], cuts: tuple[str, ...], tokenizer: Tokenize
     ids = {symbol: token for token, symbol in enumerate(tokenizer.symbols)}
     sentences = Sentences(text, cuts, tokenizer=tokenizer)
     tokenized = TokenizedText(([ids[symbol] for symbol in sentence] for sentence in sentences), tokenizer.vocab_size)
+    if not len(tokenized):
+        raise ValueError(f"there is no sentence in {', '.join((*text, *cuts))}; at least one is needed")
     unknown = f", {sentences.unknown:,} characters that the tokenizer does not have" if sentences.unknown else ""
     return tokenized, f"{len(tokenized):,} sentences with {len(tokenized.tokens):,} tokens{unknown}"
 

@@ -127,10 +127,14 @@ def transcribe(job: Transcribe) -> None:
             except ValueError as error:
                 _log.error("transcribe: %s", error)
                 unread += 1
+                if job.format == "text":
+                    write("\n")  # lines are those of the files
                 continue
             transcript = _transcript(path, audio, recognizer, job)
             write(formatted(transcript, job.format))
             progress.add(transcript.seconds, path)
+        if unread == len(job.audio) and job.output is not None:  # a file without anything from them gets no name
+            raise ValueError(f"none of {len(job.audio)} files could be read, see above; {job.output} is not written")
     if unread:
         raise ValueError(f"{unread} of {len(job.audio)} files could not be read, see above")
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from k2ssl.atomic_file import atomic_file
-from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals
+from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals, id_checker
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.decode_arguments import with_names
 from k2ssl.bin.decode_methods import Method, SearchConfig, build_search, options_of, text_of
@@ -86,6 +86,8 @@ class TuneLm(RecognitionJob):
         for name, values in self.varied().items():
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"TuneLm: {name} is {' '.join(map(str, values))}, finite numbers are needed")
+            if len(set(values)) < len(values):
+                raise ValueError(f"TuneLm: {name} is {' '.join(map(str, values))}, every value is needed once")
             if self.strategy == "random" and not (len(values) == 2 and values[0] < values[1]):
                 raise ValueError(f"TuneLm: {name} is {' '.join(map(str, values))}, with strategy random the least and the most are needed")
         if not self.varied() or len(self.candidates()) < 2:
@@ -143,7 +145,7 @@ def tune(job: TuneLm) -> None:
         trained = job.load_model(device)
         build_search(job.method, options_of(job.method, candidates[0]), trained, read)  # before hours of encoding
         cuts = Chained(CutLists(job.cuts).open())
-        totals = cut_totals(cuts, lambda cut: None)
+        totals = cut_totals(cuts, id_checker("tune on"))
         check_memory(totals.seconds, trained)
         kept = TrialFile(output, what_of(job, trained, totals.cuts_sha256), job.overwrite)
     left = [search for search in candidates if search not in kept.trials]
@@ -157,10 +159,10 @@ def tune(job: TuneLm) -> None:
                     kept.add(trial)
                     progress.add(found.seconds, f"WER {trial.rate:.2%}")
     trials = sorted((kept.trials[search] for search in candidates), key=lambda trial: trial.counts.errors)  # of equal ones the first given
-    print(table([_VARIED[name] for name in job.varied()], trials))
     with atomic_file(output) as file:
         file.write((json.dumps({"method": job.method, "search": trials[0].search.given()}, indent=2) + "\n").encode())
     kept.remove()
+    print(table([_VARIED[name] for name in job.varied()], trials))
     print(f"best        {output}")
 
 

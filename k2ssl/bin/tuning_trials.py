@@ -33,23 +33,27 @@ class TrialFile:
     Args:
         output: of the program.
         what: that which makes this tuning and no other.
-        begin_anew: remove what another one has left.
+        begin_anew: remove what another tuning has left, or whatever it is. Trials of this one are kept all the same: again they would be
+            the same.
 
     Attributes:
         trials: by what was tried.
 
     Raises:
-        ValueError: the file is of another tuning, or no such file.
+        ValueError: the file is of another tuning, or no such file, unless `begin_anew`.
     """
 
     def __init__(self, output: Path, what: Mapping[str, Any], begin_anew: bool) -> None:
         self.path = output.with_name(f"{output.name}.trials.jsonl")
-        if begin_anew:
-            self.path.unlink(missing_ok=True)
         self.trials: dict[SearchConfig, Trial] = {}
         self._what = what
         if self.path.exists():
-            self._read(json.loads(json.dumps(what)))
+            try:
+                self._read(json.loads(json.dumps(what)))
+            except ValueError:
+                if not begin_anew:
+                    raise
+                self.path.unlink()
 
     def add(self, trial: Trial) -> None:
         """One more; it is with the operating system when this returns.

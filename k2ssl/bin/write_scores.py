@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals
+from k2ssl.atomic_file import atomic_file
+from k2ssl.bin.cluster_cuts import Chained, CutLists, cut_totals, id_checker
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.decode import batches
 from k2ssl.bin.decode_arguments import with_names
@@ -46,7 +47,7 @@ def run(job: WriteScores) -> None:
     """Do the job.
 
     Raises:
-        ConfigError: OUTPUT exists; a checkpoint without a CTC head.
+        ConfigError: OUTPUT exists; a checkpoint without a CTC head; two cuts with one id.
         ValueError: audio that cannot be read.
     """
     device = torch.device(choose_device(job.device))
@@ -55,14 +56,15 @@ def run(job: WriteScores) -> None:
     with refusing():
         trained = job.load_ctc_model(device, "whose scores are written")
         cuts = Chained(CutLists(job.cuts).open())
-        totals = cut_totals(cuts, lambda cut: None)
+        totals = cut_totals(cuts, id_checker("score"))
     with (
         Ledger(output.parent, "write_scores", device, 1) as ledger,
         AudioProgress("score", totals.seconds, quiet=job.quiet) as progress,
     ):
         scores = score_all(job, trained, cuts, progress)
         ledger.add(audio_seconds=progress.seconds)
-        write_scores(output, scores)
+        with atomic_file(output) as file:
+            write_scores(file, scores)
     print(f"scores      {output}: {len(scores.ids):,} utterances, {len(scores.log_probs):,} frames of {len(scores.symbols)} tokens")
 
 

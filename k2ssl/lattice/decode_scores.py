@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m k2ssl.lattice.decode_scores", description=summary)
     made.add_argument("scores", help="file of k2ssl.bin.write_scores")
     made.add_argument("--output", required=True, help="file for the hypotheses (.jsonl)")
+    made.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     made.add_argument("--lexicon", help="file with a word a line, spelled by its characters or by the tokens behind it")
     made.add_argument("--lm", help="ARPA file over the words of the lexicon")
     made.add_argument("--lm-scale", type=float, default=1.0, help="weight of its natural logarithms, and of --rescore-lm's")
@@ -58,7 +59,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     """Write the hypotheses; returns what is worth telling.
 
     Raises:
-        ValueError: files or options that do not fit.
+        ValueError: files or options that do not fit; an output that exists or cannot be written.
         ImportError: k2 does not load.
     """
     if (options.lexicon is None) != (options.lm is None):
@@ -68,6 +69,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     for name, least in (("nbest", 1), ("batch", 1), ("rescore_paths", 0)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, at least {least} is needed")
+    _check_output(options)
     from k2ssl.lattice.decoder import CtcDecoder
     from k2ssl.lattice.rescoring import oracle_errors
     from k2ssl.lattice.search import Pruning
@@ -95,6 +97,20 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
+def _check_output(options: argparse.Namespace) -> None:
+    if os.path.isdir(options.output):
+        raise ValueError(f"--output is {options.output}, which is a folder; a file is needed")
+    if os.path.exists(options.output) and not options.overwrite:
+        raise ValueError(f"{options.output} exists; --overwrite replaces it")
+    folder = os.path.dirname(options.output) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {folder} cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output: {folder} cannot be written to")
+
+
 def _words(options: argparse.Namespace, scores: Scores) -> Words | None:
     if options.lexicon is None:
         return None
@@ -116,18 +132,23 @@ def batches(scores: Scores, size: int) -> Iterator[tuple[list[int], Tensor, Tens
 
 
 def write(path: str, scores: Scores, found: dict[int, list[Path]], lexicon: Lexicon | None) -> None:
-    """The hypotheses of all utterances in their order; one without frames has no words."""
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        for row, name in enumerate(scores.ids):
-            paths = found.get(row, [])
-            texts = [(text_of(one, scores, lexicon), one.score) for one in paths]
-            hyp, score = texts[0] if texts else ("", 0.0)
-            ref = str(scores.refs[row]) if scores.has_ref[row] else None
-            line: dict[str, Any] = {"id": str(name), "ref": ref, "hyp": hyp, "score": score, "duration": float(scores.seconds[row])}
-            line.update(speaker=None, timestamps=[], nbest=[list(one) for one in texts] if len(texts) > 1 else [])
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(part, path)
+    """The hypotheses of all utterances in their order; one without frames has no words. Nothing is left of a file that is not whole."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for row, name in enumerate(scores.ids):
+                paths = found.get(row, [])
+                texts = [(text_of(one, scores, lexicon), one.score) for one in paths]
+                hyp, score = texts[0] if texts else ("", 0.0)
+                ref = str(scores.refs[row]) if scores.has_ref[row] else None
+                line: dict[str, Any] = {"id": str(name), "ref": ref, "hyp": hyp, "score": score, "duration": float(scores.seconds[row])}
+                line.update(speaker=None, timestamps=[], nbest=[list(one) for one in texts] if len(texts) > 1 else [])
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
 
 
 def text_of(path: Path, scores: Scores, lexicon: Lexicon | None) -> str:
@@ -141,11 +162,15 @@ def text_of(path: Path, scores: Scores, lexicon: Lexicon | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parser().parse_args(argv)
     try:
-        told = decode(parser().parse_args(argv))
+        told = decode(options)
     except (ValueError, ImportError) as error:
         print(f"decode_scores: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"decode_scores: {options.output}: {error.strerror}", file=sys.stderr)
+        return 1
     print(f"{told['utterances']:,} utterances, {told['seconds']:,.1f} s; {told['too_short']:,} without a frame give no words")
     print(f"graph: {told['graph_arcs']:,} arcs, built in {told['graph_seconds']:.2f} s")
     print(f"search: {told['search_seconds']:.2f} s, real-time factor {told['search_seconds'] / max(told['seconds'], 1e-9):.4f}")

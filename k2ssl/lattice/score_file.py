@@ -6,11 +6,10 @@ order, the `symbols` of the classes, and the `delimiter` between words, "" where
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -44,13 +43,10 @@ class Scores:
         return np.split(self.log_probs, np.cumsum(self.lens)[:-1])
 
 
-def write_scores(path: str | Path, scores: Scores) -> None:
-    """Write the file under a temporary name first."""
-    part = f"{path}.part"
-    with open(part, "wb") as file:
-        content: dict[str, Any] = {field.name: np.asarray(getattr(scores, field.name)) for field in fields(Scores)}
-        np.savez(file, **content)
-    os.replace(part, path)
+def write_scores(file: BinaryIO, scores: Scores) -> None:
+    """Write what the file holds."""
+    content: dict[str, Any] = {field.name: np.asarray(getattr(scores, field.name)) for field in fields(Scores)}
+    np.savez(file, **content)
 
 
 def read_scores(path: str | Path) -> Scores:

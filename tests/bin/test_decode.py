@@ -451,7 +451,7 @@ def test_manifests_without_cuts_or_with_an_id_in_common_are_refused(
     assert "holds no cuts" in capsys.readouterr().err
     shutil.copy(reader.words.cuts("valid"), tmp_path / "copy.jsonl.gz")
     assert decode.main(command("--cuts", reader.words.cuts("valid"), str(tmp_path / "copy.jsonl.gz"))) == 2
-    assert "the manifests share the id 'valid00'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "the id 'valid00' occurs twice" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_phrases_that_the_tokenizer_cannot_spell_are_refused_by_their_line(reader: Any, tmp_path: Path) -> None:

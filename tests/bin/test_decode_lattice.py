@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -156,3 +157,7 @@ def test_scores_are_those_of_the_head_in_the_order_of_the_manifest(
         assert " ".join(text.split()) == one.hyp and found.score == pytest.approx(one.score, abs=1e-4)
     assert write_scores.main([*files, "--output", str(tmp_path / "scores.npz")]) == 2
     assert "exists; --overwrite True replaces it" in capsys.readouterr().err
+    twice = shutil.copy(reader.words.cuts("valid"), tmp_path / "cuts_again.jsonl.gz")
+    files[2:3] = [files[2], str(twice)]
+    assert write_scores.main([*files, "--output", str(tmp_path / "twice.npz")]) == 2
+    assert "the id 'valid00' occurs twice; score the manifests apart" in capsys.readouterr().err and not list(tmp_path.glob("*twice*"))

@@ -53,6 +53,11 @@ class LibsndfileError(RuntimeError):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.wav"), 1, "job: a.wav: No such file or directory\n"),
         (OSError(errno.ENOSPC, "No space left on device", "x.pt"), 1, "job: x.pt: No space left on device; make room and run the same"),
         (LibsndfileError("bad file"), 1, "job: bad file\n"),
+        (
+            ModuleNotFoundError("No module", name="sound.file"),
+            1,
+            "job: the package sound.file is not installed; python -m k2ssl.bin.doctor",
+        ),
         (ConfigError("cuts: unknown key"), 2, "job: cuts: unknown key\n"),
         (KeyboardInterrupt(), 130, "job: interrupted; the same command goes on, or begins again where nothing was kept\n"),
     ],
@@ -71,8 +76,9 @@ def test_wrong_settings_have_status_2_before_the_job_begins(capsys: pytest.Captu
 
 
 def test_a_mistake_of_ours_keeps_its_traceback() -> None:
-    with pytest.raises(KeyError):
-        run(failing(KeyError("x")), "--number", "3")
+    for error in (KeyError("x"), ModuleNotFoundError("No module", name="k2ssl.nothing")):
+        with pytest.raises(type(error)):
+            run(failing(error), "--number", "3")
 
 
 def test_one_of_several_ranks_says_which(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,7 @@ def test_another_run_is_not_gone_on_with(
         (("--seed", -1), "seed is -1"),
         (("--seed", 2**63), "TrainLm: seed is 9223372036854775808, a whole number from 0 to 2^63 - 1 is needed"),
         (("--check-text", "none.txt"), "check_text: none.txt: there is no such file"),
+        (("--check-text", "blank.txt"), "there is no sentence in blank.txt; at least one is needed"),
         (("--text", "tokenizer.pt"), "tokenizer.pt, line 1: text must be UTF-8"),
         (("--tokenizer", "train.txt"), "train.txt: a k2ssl-tokenizer file is needed"),
     ],
@@ -139,6 +140,7 @@ def test_another_run_is_not_gone_on_with(
 def test_wrong_settings_are_refused_before_anything_is_written(
     corpus: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], message: str
 ) -> None:
+    Path("blank.txt").write_text("\n\n")
     assert run(*options) == 2
     assert message in capsys.readouterr().err and not Path("lm").exists()
 

@@ -242,11 +242,16 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_done(
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "nan.wav", np.full(800, np.nan), 16000, subtype="FLOAT")
     bad = [tmp_path / "noise.wav", tmp_path / "nowhere.wav", tmp_path / "empty.wav", tmp_path / "nan.wav", tmp_path]
-    assert run(reader.audio(0), *bad, reader.audio(1), status=1) == f"{reader.texts()[0]}\n{reader.texts()[1]}\n"
+    lines = [reader.texts()[0], *("" for _ in bad), reader.texts()[1]]
+    assert run(reader.audio(0), *bad, reader.audio(1), status=1).split("\n") == [*lines, ""]
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     said = ("no audio that can be read", "there is no such file", "holds no audio", "not finite", "a folder, not a file")
     assert all(f"{path}: " in error and words in error for path, words, error in zip(bad, said, errors, strict=True))
     assert run.error.endswith("transcribe: 5 of 7 files could not be read, see above\n")  # type: ignore[attr-defined]
+    run(*bad, "--output", tmp_path / "none.txt", status=1)
+    assert "none of 5 files could be read" in run.error and not list(tmp_path.glob("*none.txt*"))  # type: ignore[attr-defined]
+    run(*bad, reader.audio(0), "--format", "json", "--output", tmp_path / "one.jsonl", status=1)
+    assert json.loads((tmp_path / "one.jsonl").read_text())["text"] == reader.texts()[0]
 
 
 def test_silence_and_too_little_audio_give_an_empty_text(run: Callable[..., str], tmp_path: Path) -> None:

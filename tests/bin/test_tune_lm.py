@@ -77,6 +77,7 @@ def test_every_combination_is_tried() -> None:
         (["--token-scores", "0", "1", "--num-trials", "3"], "num_trials is 3, allowed are whole numbers >= 2, with strategy random alone"),
         (["--strategy", "random", "--token-scores", "1", "0"], "token_scores is 1.0 0.0, with strategy random the least and the most"),
         (["--strategy", "random"], "there is nothing to choose from"),
+        (["--token-scores", "1", "0", "1"], "token_scores is 1.0 0.0 1.0, every value is needed once"),
         (["--token-scores", "0", "nan"], "token_scores is 0.0 nan, finite numbers are needed"),
     ],
 )
@@ -136,9 +137,12 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_one_that_was_not(
     monkeypatch.setattr(
         tune_lm, "errors_of", lambda method, search, *rest: tried.append(search.token_score) or plain(method, search, *rest)
     )
-    assert tune_lm.main([*files, *grid, "--output", str(best)]) == 0
+    assert tune_lm.main([*files, *grid, "--output", str(best), "--overwrite", "True"]) == 0  # which replaces best.json, had there been one
     assert tried == [-40, 0, 1, 40] and capsys.readouterr().out.splitlines()[:5] == whole
     assert best.read_text() == (tmp_path / "whole.json").read_text() and not kept.exists()
+    kept.write_text('{"what": "other"}\n')
+    assert tune_lm.main([*files, *METHOD, "--token-scores", "0", "1", "--output", str(best), "--overwrite", "True"]) == 0
+    assert tried[4:] == [0, 1] and not kept.exists(), "what is left of another tuning is passed over"
 
 
 def test_a_language_model_is_read_once_for_all_combinations(

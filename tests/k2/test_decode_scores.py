@@ -30,14 +30,15 @@ def files(tmp_path: File) -> dict[str, str]:
         symbols=np.array(toys.SYMBOLS),
         delimiter="|",
     )
-    write_scores(tmp_path / "scores.npz", scores)
+    with open(tmp_path / "scores.npz", "wb") as file:
+        write_scores(file, scores)
     (tmp_path / "words.txt").write_text("A a\nAB a b\nBEE b\nBEE c b\n\nCC c c\n")
     lms = [toys.ngram_model(tmp_path, order, seed=1).path for order in (2, 3)]
     return {"scores": str(tmp_path / "scores.npz"), "lexicon": str(tmp_path / "words.txt"), "lm": lms[0], "larger": lms[1]}
 
 
 def run(folder: File, *options: str) -> list[dict[str, object]]:
-    assert main([*options, "--output", str(folder / "found.jsonl")]) == 0
+    assert main([*options, "--output", str(folder / "found.jsonl"), "--overwrite"]) == 0
     return [json.loads(line) for line in (folder / "found.jsonl").read_text().splitlines()]
 
 

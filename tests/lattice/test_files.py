@@ -143,7 +143,8 @@ def scores() -> Scores:
 
 
 def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
-    write_scores(tmp_path / "scores.npz", scores())
+    with open(tmp_path / "scores.npz", "wb") as file:
+        write_scores(file, scores())
     read = read_scores(tmp_path / "scores.npz")
     assert read.ids.tolist() == ["a", "b"] and read.refs.tolist() == ["é", ""] and read.delimiter == ""
     assert [part.tolist() for part in read.frames()] == [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], [[6.0, 7.0, 8.0]]]
@@ -159,7 +160,8 @@ def test_files_that_hold_no_scores_are_refused(tmp_path: Path) -> None:
     np.savez(path, ids=np.array([object()]))  # would take a pickle
     with pytest.raises(ValueError, match="no file of scores"):
         read_scores(path)
-    write_scores(path, Scores(**{**vars(scores()), "lens": np.array([2, 2])}))
+    with open(path, "wb") as file:
+        write_scores(file, Scores(**{**vars(scores()), "lens": np.array([2, 2])}))
     with pytest.raises(ValueError, match=r"log_probs has shape \(3, 3\), \(4, 3\) is needed"):
         read_scores(path)
 
@@ -183,8 +185,17 @@ def test_the_room_says_why_k2_does_not_load_and_which_would(tmp_path: Path, cont
     assert f"the wheel that fits is built for torch {torch.__version__.partition('+')[0]}" in last
 
 
-def test_the_program_says_why_k2_does_not_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_is_refused_before_the_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "found.jsonl").write_text("mine\n")
+    assert main(["scores.npz", "--output", str(tmp_path / "found.jsonl")]) == 2
+    assert "found.jsonl exists; --overwrite replaces it" in capsys.readouterr().err
+    assert main(["scores.npz", "--output", str(tmp_path)]) == 2 and "a folder; a file is needed" in capsys.readouterr().err
+    assert main(["scores.npz", "--output", str(tmp_path / "found.jsonl" / "more.jsonl")]) == 2
+    assert "cannot be made" in capsys.readouterr().err and (tmp_path / "found.jsonl").read_text() == "mine\n"
+
+
+def test_the_program_says_why_k2_does_not_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "k2", None)
     monkeypatch.delitem(sys.modules, "k2ssl.lattice.package", raising=False)
-    assert main(["scores.npz", "--output", "found.jsonl"]) == 2
+    assert main(["scores.npz", "--output", str(tmp_path / "new" / "found.jsonl")]) == 2
     assert capsys.readouterr().err.startswith("decode_scores: k2 does not load: ")
