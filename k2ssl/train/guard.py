@@ -127,10 +127,14 @@ class Guard:
         device: where losses and norms are.
         overflows: gradients are those of a scaled loss, which overflows now and then by design: such steps are dropped, but they are no
             incidents; `min_scale` tells when there are too many.
+
+    Attributes:
+        sound_step: the last step of which `check_log` knows that nothing had collapsed: a collapse began after it. None before any.
     """
 
     def __init__(self, config: GuardConfig, folder: Path | None, device: torch.device | str, overflows: bool = False) -> None:
         self.config = config
+        self.sound_step: int | None = None
         self._overflows = overflows
         self.folder = None if folder is None else Path(folder) / "incidents"
         self.rollbacks = 0
@@ -216,14 +220,20 @@ class Guard:
             limit = self.config.min_perplexity_share * self._best
             if self._best >= _RICH and perplexity < limit:
                 incidents.append(Incident(step, "collapsed_codes", value=perplexity, limit=limit))
-        return Verdict(self._remedy(), tuple(incidents)) if incidents else Verdict()
+        if incidents:
+            return Verdict(self._remedy(), tuple(incidents))
+        self.sound_step = step
+        return Verdict()
 
-    def rolled_back(self) -> float:
-        """Count a roll-back and forget norms and dropped steps; returns the factor on the learning rate from now on, over all roll-backs.
+    def rolled_back(self, step: int) -> float:
+        """Count a roll-back to a step and forget norms and dropped steps; returns the factor on the learning rate from now on, over all
+        roll-backs.
 
         Call it after the earlier state was loaded and `recent` was read. Save a checkpoint soon: an earlier one does not know of this.
+        Whether the state of that step was sound is for `check_log` to say; if it was not, the next roll-back is to an earlier one.
         """
         self.rollbacks += 1
+        self.sound_step = step - 1
         self._forget()
         return self.lr_factor
 

@@ -42,6 +42,7 @@ class LossScale:
         if growth_interval < 1:
             raise ValueError(f"LossScale: growth_interval is {growth_interval}, an integer >= 1 is needed")
         self.growth_interval = growth_interval
+        self._init = init
         self.scale = torch.tensor(init, dtype=torch.float32, device=device)
         self._accepted = torch.zeros((), dtype=torch.int32, device=device)  # in a row, since the scale changed by itself
 
@@ -65,6 +66,10 @@ class LossScale:
         self._accepted = torch.where(accepted >= self.growth_interval, 0, accepted)
         limit = next((limit for period, limit in _RESCUES if step % period == 0), 0.0)
         self.scale = torch.where(scale < limit, scale * 2, scale) if limit else scale
+
+    def rescue(self) -> None:
+        """Be at least the first value again: for a state that was saved while the scale was collapsing."""
+        self.scale = self.scale.clamp(min=self._init)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors of what changes, on their device."""

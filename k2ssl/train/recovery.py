@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2ssl import distributed
 from k2ssl.train.checkpoint import open_checkpoint
-from k2ssl.train.guard import Incident, Verdict
+from k2ssl.train.guard import Guard, Incident, Verdict
 from k2ssl.train.inf_check import find_nonfinite
 from k2ssl.train.precision import autocast
 from k2ssl.train.sharding import is_sharded
@@ -98,11 +98,18 @@ def _first_broken_module(trainer: Trainer, made: Made) -> str | None:
     return None
 
 
+def _began(guard: Guard, incident: Incident) -> int:
+    """The first step that may be bad. A collapse is seen when something is logged, and may have begun after the last time that it was not."""
+    if not incident.kind.startswith("collapsed") or guard.sound_step is None:
+        return incident.step
+    return min(incident.step, guard.sound_step + 1)
+
+
 def _roll_back(trainer: Trainer, verdict: Verdict) -> None:
     """Go back to the newest checkpoint from before the first bad step that is still counted; the data goes on from where it is, so that
     what triggered it is not seen again, and the rate is lowered."""
     incidents: Sequence[Incident] = (*trainer.guard.recent, *verdict.incidents)
-    first_bad = min(incident.step for incident in incidents)
+    first_bad = min(_began(trainer.guard, incident) for incident in incidents)
     position, epoch, updates = trainer.position, trainer.progress.epoch, trainer.progress.epoch_updates
     trainer.count_audio()  # what was trained on in vain has been paid for too
     if trainer.folder is None:
@@ -118,7 +125,9 @@ def _roll_back(trainer: Trainer, verdict: Verdict) -> None:
     content = open_checkpoint(path)  # its records were compared on rank 0
     load_checkpoint_content(trainer, content)
     trainer.position, trainer.progress.epoch, trainer.progress.epoch_updates = position, epoch, updates
-    trainer.guard.rolled_back()
+    trainer.guard.rolled_back(trainer.progress.step)
+    if trainer.update.loss_scale is not None:
+        trainer.update.loss_scale.rescue()  # the checkpoint's may have been on its way down
     # the checkpoint's rates may have been lowered before
     factor = trainer.config.guard.lr_factor ** (trainer.guard.rollbacks - content["guard"]["rollbacks"])
     for group in trainer.optimizer.param_groups:

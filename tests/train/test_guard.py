@@ -129,7 +129,7 @@ def test_a_persistent_fault_rolls_back_and_then_stops() -> None:
         assert run.steps(range(step, step + 4), fault=poison) == ["continue"] * 3 + ["roll_back"]
         assert [incident.ids[0] for incident in run.guard.recent] == [f"cut-{number}-0" for number in range(step, step + 3)]
         run.model.load_state_dict(model)
-        factors.append(run.guard.rolled_back())
+        factors.append(run.guard.rolled_back(0))
         assert run.guard.recent == ()
         step += 4
     assert factors == [0.5, 0.25] and run.guard.lr_factor == 0.25
@@ -196,7 +196,7 @@ def test_a_roll_back_forgets_norms() -> None:
     feed(guard, [1.0] * 30)
     guard.judge(torch.tensor(math.nan), torch.tensor(1.0))
     guard.poll(30, ["cut-30"])
-    guard.rolled_back()
+    guard.rolled_back(0)
     assert guard.flush() == Verdict()
     assert kinds(feed(guard, [1e6] * 21 + [1.0, 1e10])) == {22: "exploded_gradient"}
 
@@ -222,7 +222,7 @@ def test_a_collapsed_scale_rolls_back() -> None:
     assert guard.check_log(100, loss_scale=1e-5) == guard.check_log(100) == Verdict()
     verdict = guard.check_log(200, loss_scale=9e-6)
     assert verdict == Verdict("roll_back", (Incident(200, "collapsed_scale", value=9e-6, limit=1e-5),))
-    guard.rolled_back()
+    guard.rolled_back(0)
     assert guard.check_log(300, loss_scale=9e-6).action == "stop"
     assert make(min_scale=0.0).check_log(100, loss_scale=1e-30) == Verdict()
 
@@ -236,7 +236,7 @@ def test_collapsed_codes_roll_back() -> None:
     assert actions(guard, [1.5, 8.0, 40.0, 30.0, math.nan, math.inf, 4.1]) == ["continue"] * 7
     verdict = guard.check_log(100, 3.9)
     assert verdict == Verdict("roll_back", (Incident(100, "collapsed_codes", value=3.9, limit=4.0),))
-    guard.rolled_back()
+    guard.rolled_back(0)
     assert actions(guard, [50.0, 4.9]) == ["continue", "stop"]  # the best so far survives a roll-back
     assert set(actions(make(min_perplexity_share=0.0), [1.0, 100.0, 1.0])) == {"continue"}
 
@@ -308,7 +308,7 @@ def test_going_back_to_a_checkpoint_does_not_forget_the_roll_back() -> None:
     guard = make(max_skipped=1, max_rollbacks=1)
     checkpoint = guard.state_dict()
     assert feed(guard, [math.nan])[0].action == "roll_back"
-    guard.rolled_back()
+    guard.rolled_back(0)
     guard.load_state_dict(checkpoint)
     assert feed(guard, [math.nan])[0].action == "stop"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,39 @@ def test_a_collapse_of_the_predicted_codes_rolls_back_and_keeps_the_checkpoints_
     assert [path.name for path in trainer.checkpoints.paths()] == [f"step-{step:09d}.pt" for step in range(0, 21, 4)]
     (collapse,) = [path for path in (tmp_path / "incidents").iterdir() if "collapsed_codes" in path.name]
     assert json.loads(collapse.read_text())["value"] == 0.1
+
+
+def test_where_a_collapse_is_still_there_after_a_roll_back_the_next_one_goes_further(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = toy.make_trainer(tmp_path, toy.make_config(20, keep=KeepConfig(save_every=4, keep_last=9)))
+    lines = iter([1.5, *[4.0] * 12, 0.1, 0.1])  # the checkpoint of step 12 has it already
+    kind = type(trainer.update.metrics)
+    reduce = kind.reduce
+    monkeypatch.setattr(kind, "reduce", lambda metrics: {**reduce(metrics), "perplexity_predicted": next(lines, 4.0)})
+    assert trainer.fit(toy.ToyLoader(num_batches=200))
+    assert trainer.guard.rollbacks == 2
+    assert re.findall(r"rolled back to step (\d+)", (tmp_path / "metrics.jsonl").read_text()) == ["12", "8"]
+
+
+def test_a_scale_that_collapsed_over_a_checkpoint_does_not_stop_a_run_that_is_sound_again(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(toy.make_config(40, keep=KeepConfig(save_every=4, keep_last=9)), log_every=10)
+    trainer = toy.make_trainer(tmp_path, config)
+    trainer.update.loss_scale = LossScale("cpu")
+    trainer.guard = Guard(config.guard, tmp_path, "cpu", overflows=True)
+    divide, updates = trainer.update._divide_gradients, itertools.count(1)
+
+    def overflow(num_targets: torch.Tensor, num_batches: int) -> None:
+        divide(num_targets, num_batches)
+        if 5 <= next(updates) <= 25:  # over the checkpoints of 8 to 24
+            trainer.update.params[0].grad.fill_(float("inf"))
+
+    monkeypatch.setattr(trainer.update, "_divide_gradients", overflow)
+    assert trainer.fit(toy.ToyLoader(num_batches=300))
+    assert re.findall(r"rolled back to step (\d+)", (tmp_path / "metrics.jsonl").read_text()) == ["20"]
+    assert trainer.guard.rollbacks == 1 and trainer.update.loss_scale.scale >= 1
 
 
 def test_looking_into_a_bad_step_does_not_change_what_comes_after(toy: Any, curve: Curve, tmp_path: Path, monkeypatch: Any) -> None:
