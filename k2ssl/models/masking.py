@@ -41,12 +41,14 @@ class MaskingConfig:
                 raise ValueError(f"MaskingConfig: {name} is {getattr(self, name)}, allowed are whole numbers >= {least}")
 
 
-def draw_span_mask(lens: Tensor, max_len: int, probability: float, length: int, min_spans: int, generator: torch.Generator) -> Tensor:
-    """Draw a mask with equally many True entries in each row.
+def draw_span_mask(
+    lens: Tensor, max_len: int, probability: float, length: int, min_spans: int, generator: torch.Generator, equal_counts: bool
+) -> Tensor:
+    """Draw a mask for each row.
 
     Per row of `n` valid positions: floor(probability n / length + u) spans, u uniform in [0, 1), at least `min_spans`; their starts
-    drawn without replacement; their union taken; then entries dropped at random until every row has as many as the row with fewest.
-    Where fairseq fails, on rows hardly longer than a span, spans are cut at the row's end; at least one position of a row with two
+    drawn without replacement; their union taken; then, with `equal_counts`, entries dropped at random until every row has as many as the
+    row with fewest. Where fairseq fails, on rows hardly longer than a span, spans are cut at the row's end; at least one position of a row with two
     or more stays visible.
 
     Args:
@@ -54,6 +56,8 @@ def draw_span_mask(lens: Tensor, max_len: int, probability: float, length: int, 
         max_len: columns of the mask.
         probability, length, min_spans: see `MaskingConfig`.
         generator: where the draws come from.
+        equal_counts: as fairseq does it, for rows of one length. Of rows whose lengths differ, a short one would leave single positions of
+            the others' spans, and of few long spans over channels the more rows there are the less.
 
     Returns:
         (N, max_len) bool, True where hidden.
@@ -72,7 +76,9 @@ def draw_span_mask(lens: Tensor, max_len: int, probability: float, length: int, 
     covered[:, length:] -= covered[:, :-length].clone()
     mask = (covered > 0) & (columns < lens)
 
-    num_hidden = torch.minimum(mask.sum(dim=1, keepdim=True), (lens - 1).clamp(min=1)).min()
+    num_hidden = torch.minimum(mask.sum(dim=1, keepdim=True), (lens - 1).clamp(min=1))
+    if equal_counts:
+        num_hidden = num_hidden.min()
     order = torch.rand(shape, generator=generator, device=device).masked_fill(~mask, 2.0)
     return mask & (_rank(order) < num_hidden)
 

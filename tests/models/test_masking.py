@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def _reference_mask(rows: int, frames: int, probability: float, length: int, min
 @pytest.mark.parametrize(("probability", "frames"), [(0.8, 390), (0.65, 200), (0.8, 60)])
 def test_coverage_and_runs_are_those_of_the_reference(probability: float, frames: int) -> None:
     rng, generator = np.random.default_rng(0), _generator(0)
-    ours = [draw_span_mask(torch.full((16,), frames), frames, probability, 10, 2, generator).numpy() for _ in range(300)]
+    ours = [draw_span_mask(torch.full((16,), frames), frames, probability, 10, 2, generator, True).numpy() for _ in range(300)]
     theirs = [_reference_mask(16, frames, probability, 10, 2, rng) for _ in range(300)]
 
     def statistics(masks: list[np.ndarray]) -> np.ndarray:
@@ -51,7 +52,7 @@ def test_coverage_and_runs_are_those_of_the_reference(probability: float, frames
 
 
 def test_the_published_mask_hides_about_57_percent() -> None:
-    mask = draw_span_mask(torch.full((1,), 5000), 5000, 0.8, 10, 2, _generator(1))
+    mask = draw_span_mask(torch.full((1,), 5000), 5000, 0.8, 10, 2, _generator(1), True)
     assert mask.float().mean().item() == pytest.approx(0.55, abs=0.03)  # 1 - (1 - 10 / T)^(.8 T / 10) -> 1 - exp(-.8) = .551
 
 
@@ -67,7 +68,7 @@ def test_masks_of_any_lengths_have_equal_counts_inside_the_utterances(
     lens: list[int], probability: float, length: int, min_spans: int, seed: int
 ) -> None:
     max_len = max(lens) + seed % 3
-    mask = draw_span_mask(torch.tensor(lens), max_len, probability, length, min_spans, _generator(seed))
+    mask = draw_span_mask(torch.tensor(lens), max_len, probability, length, min_spans, _generator(seed), True)
     counts = mask.sum(dim=1)
     assert mask.shape == (len(lens), max_len)
     assert (counts == counts[0]).all()
@@ -78,8 +79,28 @@ def test_masks_of_any_lengths_have_equal_counts_inside_the_utterances(
     assert min_spans == 0 or counts[0] >= 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(lens=st.lists(st.integers(30, 300), min_size=2, max_size=5), length=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_spans_of_rows_of_different_lengths_stay_whole(lens: list[int], length: int, seed: int) -> None:
+    mask = draw_span_mask(torch.tensor(lens), max(lens), 0.5, length, 2, _generator(seed), False)
+    for row, n in zip(mask, lens, strict=True):
+        assert not row[n:].any() and row.any() and not row[:n].all()
+        runs = [len(list(run)) for hidden, run in itertools.groupby(row[:n].tolist()) if hidden]
+        assert all(run >= length for run in runs)
+
+
+def test_a_short_row_takes_nothing_from_the_mask_of_a_long_one() -> None:
+    lens = torch.tensor([40, 1000])
+    masks = torch.stack([draw_span_mask(lens, 1000, 0.65, 10, 2, _generator(seed), False) for seed in range(200)])
+    alone = torch.stack([draw_span_mask(lens[1:], 1000, 0.65, 10, 2, _generator(seed), False) for seed in range(200)])
+    shares = masks.float().mean(dim=(0, 2)) * 1000 / lens
+    assert shares[1] == pytest.approx(alone.float().mean().item(), abs=0.01) and 0.45 < shares[1] < 0.52 and shares[0] > 0.4
+    together = draw_span_mask(lens, 1000, 0.65, 10, 2, _generator(0), True)
+    assert together[1].sum() == together[0].sum() < 40, "as fairseq has it, nearly nothing of the long row is hidden"
+
+
 def test_equal_seeds_draw_equal_masks() -> None:
-    draws = [draw_span_mask(torch.tensor([90, 50]), 90, 0.8, 10, 2, _generator(seed)) for seed in (3, 3, 4)]
+    draws = [draw_span_mask(torch.tensor([90, 50]), 90, 0.8, 10, 2, _generator(seed), True) for seed in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
