@@ -126,7 +126,8 @@ class FitProgress:
             # what an interrupted run did takes no time in this one
             self._seconds = seconds if now.stage == "updates" else seconds * now.resumed / max(now.frames, 1)
             if now.stage in self._totals:
-                self._shown = AudioProgress(f"k-means {now.stage}", max(0.0, self._totals[now.stage] - self._seconds), quiet=self._quiet)
+                name = "k-means updates, at most" if now.stage == "updates" else f"k-means {now.stage}"  # they end when nothing improves
+                self._shown = AudioProgress(name, max(0.0, self._totals[now.stage] - self._seconds), quiet=self._quiet)
         if now.stage == "restarts" and now.inertia is not None and now.restarts_done > self._restarts:
             self._restarts = now.restarts_done
             _log.info("k-means start %d of %d: mean squared distance %.4g", now.restarts_done, now.num_restarts, now.inertia)

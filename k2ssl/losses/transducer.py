@@ -55,6 +55,10 @@ def simple_loss(
     average distribution of lm). That average runs over the whole batch, padding included, as upstream: with `am_scale` not 0 an
     utterance's loss depends on its batch.
 
+    The sum over the vocabulary is of products of exponentials. In float32 these vanish where `am` and `lm` prefer classes that each holds
+    for less likely than its own by 87 nats together (float64: 700): there the normaliser is too small, as with k2, and gradients are
+    wrong. `pruned_loss` and `full_loss` have no such limit.
+
     Args:
         am: (N, T, V) encoder output projected to the vocabulary.
         lm: (N, S+1, V) predictor output projected to the vocabulary; row s has seen s symbols.
