@@ -77,7 +77,7 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "frames"])  # lengths: no kernel of its own for each kind of them
 def _swoosh(  # type: ignore[no-untyped-def]
     x, grad, mask, out, num_rows, frames, channels, x_n, x_t, x_c, grad_n, grad_t, grad_c, out_n, out_t, out_c,
     SHIFT: tl.constexpr, SLOPE: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr, DERIVATIVE: tl.constexpr,
@@ -108,7 +108,7 @@ def _tile(source, row, column, num_rows, num_columns, stride_row, stride_column)
     return tl.load(source + row.to(tl.int64) * stride_row + column * stride_column, mask=there, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _products(  # type: ignore[no-untyped-def]
     windows, matrices, out, width, taps, channels, windows_n, windows_w, windows_k, matrices_n, matrices_k, matrices_c,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -124,7 +124,7 @@ def _products(  # type: ignore[no-untyped-def]
     tl.store(out + (utterance * width + row) * channels + column, result, mask=(row < width) & (column < channels))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _products_backward(  # type: ignore[no-untyped-def]
     grad, windows, matrices, sums, width, taps, channels, windows_n, windows_w, windows_k, matrices_n, matrices_k, matrices_c,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,

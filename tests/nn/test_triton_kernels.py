@@ -149,7 +149,7 @@ for capability in (80, 90):
         for derivative in (False, True):
             constants = {"SHIFT": 1.0, "SLOPE": 0.08, "OFFSET": 0.3, "MASKED": derivative, "DERIVATIVE": derivative, **tile}
             made.append(compiled(kernels._swoosh, pointers, {**constants, "x_c": 1, "grad_c": 1, "out_c": 1}, capability))
-            made.append(compiled(kernels._swoosh, pointers, {**constants, "x_t": 1, "frames": 1}, capability))  # arguments of 1 are constants
+            made.append(compiled(kernels._swoosh, pointers, {**constants, "x_t": 1}, capability))  # strides of 1 are constants
         pointers = {"windows": "*fp32", "matrices": "*fp32", "out": form, "grad": form, "sums": "*fp32"}
         taps = {"TAPS": kernels.MOST_TAPS, "windows_k": 1, "matrices_c": 1, **tile}
         made.append(compiled(kernels._products, pointers, taps, capability))
