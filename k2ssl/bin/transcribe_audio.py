@@ -22,7 +22,6 @@ from k2ssl.decode.hypotheses import Hypothesis
 _log = logging.getLogger(__name__)
 
 STDIN = "-"
-_REASON = 200  # characters of a library's message that are told
 
 
 class AudioReader:
@@ -78,8 +77,11 @@ def _read(path: str) -> tuple[np.ndarray, int]:
     try:
         samples, rate = read_audio(io.BytesIO(sys.stdin.buffer.read()) if path == STDIN else path)
     except Exception as error:  # every library behind lhotse has its own
-        reason = (str(error).strip().splitlines() or [""])[0][:_REASON]
-        raise ValueError(f"{'standard input' if path == STDIN else path}: is no audio that can be read ({reason})") from error
+        from k2ssl.data.audio import why_unreadable
+
+        raise ValueError(
+            f"{'standard input' if path == STDIN else path}: is no audio that can be read ({why_unreadable(error)})"
+        ) from error
     return np.atleast_2d(np.asarray(samples, dtype=np.float32)), int(rate)
 
 

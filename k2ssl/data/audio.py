@@ -55,7 +55,7 @@ def read_samples(cut: Cut, start: int, out: np.ndarray) -> None:
     except AudioError:
         raise
     except Exception as error:  # libsndfile, ffmpeg, the file system and lhotse each have their own
-        raise AudioError(cut.id, _first_line(error)) from error
+        raise AudioError(cut.id, why_unreadable(error)) from error
 
 
 def read_utterance(cut: Cut, normalize: bool) -> np.ndarray:
@@ -155,6 +155,8 @@ def _check_finite(cut_id: str, samples: np.ndarray) -> None:
         raise AudioError(cut_id, "holds samples that are not finite numbers")
 
 
-def _first_line(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
+    """One line of what a library said about a file; of lhotse's list of all that it tried, the first, which is libsndfile's."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    tried = next((line for line in lines if line.startswith("Exception #0 ")), "").rpartition(">: ")[2]
+    return tried or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

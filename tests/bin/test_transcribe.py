@@ -245,7 +245,7 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_done(
     lines = [reader.texts()[0], *("" for _ in bad), reader.texts()[1]]
     assert run(reader.audio(0), *bad, reader.audio(1), status=1).split("\n") == [*lines, ""]
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    said = ("no audio that can be read", "there is no such file", "holds no audio", "not finite", "a folder, not a file")
+    said = ("no audio that can be read (Error opening", "there is no such file", "holds no audio", "not finite", "a folder, not a file")
     assert all(f"{path}: " in error and words in error for path, words, error in zip(bad, said, errors, strict=True))
     assert run.error.endswith("transcribe: 5 of 7 files could not be read, see above\n")  # type: ignore[attr-defined]
     run(*bad, "--output", tmp_path / "none.txt", status=1)
