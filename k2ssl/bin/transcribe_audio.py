@@ -161,51 +161,71 @@ def joined(
         samples_per_frame: of the frames of `heard`.
         delimiter: the token between words, if there is one. A window need not hear it at its ends, so that one is put at a seam unless a
             window has a word go on there and none has it end.
-        word_numbers: as of a tokenizer; with it, words of a lexicon are kept where their first tokens are. All are dropped, so that the
-            tokens are left to spell the text, where these do not tell which word each is part of.
+        word_numbers: as of a tokenizer; with it, words of a lexicon are taken whole, from the window whose side of the seam they begin on, or
+            from the later one if they begin after all words of the earlier one, which may not have written what its end cut off. Where the
+            tokens of any window do not tell which of its words each is part of, there are no words, and tokens spell the text.
     """
-    timed = [
-        [(token, part.begin_frame + frame) for token, frame in zip(found.tokens, found.frames, strict=True)]
-        for part, found in zip(parts, heard, strict=True)
-    ]
+    rows = None if word_numbers is None else _rows_of_words(parts, heard, word_numbers)
+    in_words = rows is not None
+    tokens = [_tokens(part, found) for part, found in zip(parts, heard, strict=True)]
+    rows = [[_Unit((token,), token[1], token[1]) for token in row] for row in tokens] if rows is None else rows
     seams = [0.0]
     for number in range(len(parts) - 1):
         begin, end = parts[number + 1].begin_frame, parts[number].end // samples_per_frame
         quarter = (end - begin) / 4
-        seams.append(_seam([time for _, time in timed[number] + timed[number + 1]], begin + quarter, end - quarter))
+        busy = [frame for unit in rows[number] + rows[number + 1] for frame in range(unit.begin, unit.end + 1)]
+        seams.append(_seam(busy, begin + quarter, end - quarter))
     seams.append(float("inf"))
     kept: list[tuple[int, int]] = []
-    for number, found in enumerate(timed):
-        own = [(token, time) for token, time in found if seams[number] <= time < seams[number + 1]]
+    words: list[str] = []
+    last = -1  # frame of what is kept
+    for number, row in enumerate(rows):
+        units = [unit for unit in row if (seams[number] <= unit.begin or (in_words and unit.begin > last)) and unit.begin < seams[number + 1]]
+        last = units[-1].end if units else last
+        own = [(token, max(frame, kept[-1][1] if kept else 0)) for unit in units for token, frame in unit.tokens]
         may_lack = kept and own and delimiter not in (kept[-1][0], own[0][0])
-        if delimiter is not None and may_lack and _ends_word(timed[number - 1], found, seams[number], delimiter):
+        if delimiter is not None and may_lack and (in_words or _ends_word(tokens[number - 1], tokens[number], seams[number], delimiter)):
             kept.append((delimiter, own[0][1]))
         kept += own
-    tokens = tuple(token for token, _ in kept)
-    words = _kept_words(timed, heard, seams, word_numbers) if word_numbers is not None else None
-    if word_numbers is not None and words is not None and len(words) != max(word_numbers(tokens), default=-1) + 1:
-        words = None
-    return Hypothesis(tokens, sum(found.score for found in heard), tuple(frame for _, frame in kept), words)
+        words += [unit.word for unit in units if unit.word is not None]
+    score = sum(found.score for found in heard)
+    return Hypothesis(tuple(token for token, _ in kept), score, tuple(frame for _, frame in kept), tuple(words) if in_words else None)
 
 
-def _kept_words(
-    timed: Sequence[Sequence[tuple[int, int]]],
-    heard: Sequence[Hypothesis],
-    seams: Sequence[float],
-    word_numbers: Callable[[Sequence[int]], list[int]],
-) -> tuple[str, ...] | None:
-    """The words of all windows that begin between the seams of theirs; None where there are none but what tokens spell."""
-    kept: list[str] = []
-    for number, found in enumerate(heard):
-        begins: dict[int, int] = {}
-        for word, (_, time) in zip(word_numbers(found.tokens), timed[number], strict=True):
-            begins.setdefault(word, time)
-        begins.pop(-1, None)
+@dataclass(frozen=True)
+class _Unit:
+    """What a seam does not cut: tokens with their frames; if they are a word's, that word, and delimiters behind it, which lie after `end`."""
+
+    tokens: tuple[tuple[int, int], ...]
+    begin: int
+    end: int
+    word: str | None = None
+
+
+def _tokens(part: Window, found: Hypothesis) -> list[tuple[int, int]]:
+    return [(token, part.begin_frame + frame) for token, frame in zip(found.tokens, found.frames, strict=True)]
+
+
+def _rows_of_words(
+    parts: Sequence[Window], heard: Sequence[Hypothesis], word_numbers: Callable[[Sequence[int]], list[int]]
+) -> list[list[_Unit]] | None:
+    """The words of each window; None where there are none but what tokens spell."""
+    rows = []
+    for part, found in zip(parts, heard, strict=True):
         words = found.words if found.words is not None or found.tokens else ()  # silence has no words in any search
-        if words is None or len(words) != len(begins):
+        numbers = word_numbers(found.tokens)
+        if words is None or len(words) != max(numbers, default=-1) + 1:
             return None
-        kept += [word for word, time in zip(words, begins.values(), strict=True) if seams[number] <= time < seams[number + 1]]
-    return tuple(kept)
+        of_word: list[list[tuple[int, int]]] = [[] for _ in words]
+        ends, now = [0] * len(words), -1
+        for number, token in zip(numbers, _tokens(part, found), strict=True):
+            now = max(now, number)
+            if now >= 0:  # a delimiter before all words says nothing
+                of_word[now].append(token)
+            if number >= 0:
+                ends[number] = token[1]
+        rows.append([_Unit(tuple(row), row[0][1], end, word) for row, end, word in zip(of_word, ends, words, strict=True)])
+    return rows
 
 
 def _ends_word(earlier: Sequence[tuple[int, int]], later: Sequence[tuple[int, int]], seam: float, delimiter: int) -> bool:

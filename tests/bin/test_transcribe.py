@@ -185,6 +185,33 @@ def test_words_of_a_lexicon_are_those_whose_first_tokens_are_kept() -> None:
         assert joined(parts, [heard[0], Hypothesis((11, 2, 13, 3), 0.0, (11, 12, 33, 35), other)], 1, None, word_numbers).words is None
 
 
+@pytest.mark.parametrize(
+    ("left", "left_words", "right", "right_words", "expected"),
+    [  # tokens of 10 and more begin a word, 2 is the delimiter; the overlap is 60..100
+        ([(10, 10), (2, 12), (11, 68), (4, 88)], "ab cat", [(11, 68), (4, 88), (2, 90), (12, 110)], "cat d", ("ab cat d", [10, 2, 11, 4, 2, 12])),
+        # what its end cuts off a window does not write; the next one has it, though before the seam
+        ([(10, 10), (2, 12)], "ab", [(11, 68), (4, 88), (2, 90), (12, 110)], "cat d", ("ab cat d", [10, 2, 11, 4, 2, 12])),
+        # what its beginning cuts off
+        ([(10, 10), (2, 12), (11, 62), (4, 64), (2, 65)], "ab cat", [(13, 63), (2, 66), (12, 110)], "at d", ("ab cat d", [10, 2, 11, 4, 2, 12])),
+        # no delimiter at the end of a window
+        ([(10, 10), (2, 12), (11, 62), (4, 64)], "ab cat", [(2, 61), (12, 110)], "d", ("ab cat d", [10, 2, 11, 4, 2, 12])),
+    ],
+)  # fmt: skip
+def test_words_of_a_lexicon_are_not_cut_by_a_seam(
+    left: list[tuple[int, int]], left_words: str, right: list[tuple[int, int]], right_words: str, expected: tuple[str, list[int]]
+) -> None:
+    def numbers(ids: Sequence[int]) -> list[int]:
+        return [-1 if token == 2 else number for token, number in zip(ids, word_numbers(ids), strict=True)]
+
+    heard = [
+        Hypothesis(tuple(token for token, _ in row), 0.0, tuple(frame - begin for _, frame in row), tuple(words.split()))
+        for row, words, begin in ((left, left_words, 0), (right, right_words, 60))
+    ]
+    found = joined([Window(0, 100, 0), Window(60, 160, 60)], heard, 1, 2, numbers)
+    assert found.words == tuple(expected[0].split()) and list(found.tokens) == expected[1]
+    assert list(found.frames) == sorted(found.frames)
+
+
 def test_a_word_of_the_lexicon_is_written_however_it_is_spelled(
     reader: Any, run: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
