@@ -87,6 +87,10 @@ _run() {
         echo
         return
     fi
+    if _told_to_stop; then # nobody will tell a program that is begun now
+        _interrupted=true
+        return 130
+    fi
     log "$@"
     local _out _err _tees=() _status
     if [ -n "$log_file" ]; then
@@ -107,10 +111,13 @@ _run() {
     _child=
     [ -z "$_stopper" ] || { kill "$_stopper" 2>/dev/null && wait "$_stopper"; } || true
     wait ${_tees[@]+"${_tees[@]}"} || true # before Bash 5.1 only the last can be waited for
-    [ "$_status" = 0 ] || [ -z "${K2SSL_STOPPED:-}" ] || [ ! -e "$K2SSL_STOPPED" ] || _interrupted=true # see launch/task.sh
+    [ "$_status" = 0 ] || ! _told_to_stop || _interrupted=true
     ! $_interrupted || _status=130
     return $_status # the caller's `set -e` then acts
 }
+
+# Whether launch/task.sh, where it started this recipe, was told to stop.
+_told_to_stop() { [ -n "${K2SSL_STOPPED:-}" ] && [ -e "$K2SSL_STOPPED" ]; }
 
 _tee() {
     trap '' INT TERM HUP # a program that is told to stop still has something to say

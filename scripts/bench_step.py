@@ -182,7 +182,8 @@ def _traffic(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     given = {**{argument.name: value for argument, value in zip(arguments, args, strict=False)}, **kwargs}
     blind = function.overloadpacket.__name__ in _WRITE_ONLY or bool(written - {"self"})  # what is written is not read before
     read = [value for name, value in given.items() if not (blind and name in written)]
-    return sum(_bytes(leaf) for leaf in tree_leaves((read, result)) if isinstance(leaf, Tensor))
+    made = [value for name, value in given.items() if name in written] if result is None else result  # lists in place return nothing
+    return sum(_bytes(leaf) for leaf in tree_leaves((read, made)) if isinstance(leaf, Tensor))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -180,7 +180,9 @@ def joined(
     words: list[str] = []
     last = -1  # frame of what is kept
     for number, row in enumerate(rows):
-        units = [unit for unit in row if (seams[number] <= unit.begin or (in_words and unit.begin > last)) and unit.begin < seams[number + 1]]
+        units = [
+            unit for unit in row if (seams[number] <= unit.begin or (in_words and unit.begin > last)) and unit.begin < seams[number + 1]
+        ]
         last = units[-1].end if units else last
         own = [(token, max(frame, kept[-1][1] if kept else 0)) for unit in units for token, frame in unit.tokens]
         may_lack = kept and own and delimiter not in (kept[-1][0], own[0][0])

@@ -68,7 +68,7 @@ class TrialFile:
 
     def remove(self) -> None:
         """When OUTPUT is written."""
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
 
     def _read(self, what: Mapping[str, Any]) -> None:
         first, *lines = self.path.read_bytes().split(b"\n")
@@ -78,13 +78,20 @@ class TrialFile:
             raise ValueError(f"{self.path}: not a file of this program; choose another output, or --overwrite True") from error
         if found := differences(there, what):
             raise ValueError(f"{self.path}: of another tuning: {'; '.join(found)}. Choose another output, or --overwrite True")
+        trials: dict[SearchConfig, Trial] = {}
         for line in lines:
             try:
                 row = json.loads(line)
             except ValueError:  # a kill may have torn a line, which `_append` has ended since
                 continue
-            search = from_dict(SearchConfig, row["search"])
-            self.trials[search] = Trial(search, from_dict(ErrorCounts, row["counts"]))
+            try:
+                search = from_dict(SearchConfig, row["search"])
+                trials[search] = Trial(search, from_dict(ErrorCounts, row["counts"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}: a trial that cannot be read: {error}; choose another output, or --overwrite True"
+                ) from error
+        self.trials = trials
 
     def _append(self, content: Mapping[str, Any]) -> None:
         with open(self.path, "ab+") as file:

@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"decode_scores: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"decode_scores: {options.output}: {error.strerror}", file=sys.stderr)
+        print(f"decode_scores: {options.output}: {error.strerror or error}", file=sys.stderr)
         return 1
     print(f"{told['utterances']:,} utterances, {told['seconds']:,.1f} s; {told['too_short']:,} without a frame give no words")
     print(f"graph: {told['graph_arcs']:,} arcs, built in {told['graph_seconds']:.2f} s")

@@ -85,7 +85,7 @@ def _swoosh(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Program (i, j) has block i of the rows and block j of the columns."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    column = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     exists = (row < num_rows) & (column < channels)
     utterance, frame = row // frames, row % frames
     value = tl.load(x + utterance * x_n + frame * x_t + column * x_c, mask=exists, other=0.0).to(tl.float32)
@@ -105,7 +105,7 @@ def _swoosh(  # type: ignore[no-untyped-def]
 def _tile(source, row, column, num_rows, num_columns, stride_row, stride_column):  # type: ignore[no-untyped-def]
     """Rows (R, 1) and columns (1, C) of a matrix, zero where it has none."""
     there = (row < num_rows) & (column < num_columns)
-    return tl.load(source + row.to(tl.int64) * stride_row + column * stride_column, mask=there, other=0.0)
+    return tl.load(source + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column, mask=there, other=0.0)
 
 
 @triton.jit(do_not_specialize=["width"])

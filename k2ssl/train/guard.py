@@ -222,7 +222,8 @@ class Guard:
                 incidents.append(Incident(step, "collapsed_codes", value=perplexity, limit=limit))
         if incidents:
             return Verdict(self._remedy(), tuple(incidents))
-        self.sound_step = step
+        if perplexity is None or math.isfinite(perplexity):
+            self.sound_step = step
         return Verdict()
 
     def rolled_back(self, step: int) -> float:

@@ -117,7 +117,7 @@ def _roll_back(trainer: Trainer, verdict: Verdict) -> None:
     path = None
     if trainer.checkpoints is not None:
         trainer.checkpoints.wait()
-        # dropped steps leave no harm in the weights, so any checkpoint is better than none
+        # dropped steps leave no harm in the weights, and of a collapse a later roll-back may do better: any checkpoint is better than none
         path = trainer.checkpoints.latest(before=first_bad) or trainer.checkpoints.latest()
     path = distributed.broadcast_object(path)
     if path is None:

@@ -18,14 +18,14 @@ descendants() {
 
 # a file that is there once the task has been told to stop: recipes/common.sh then takes what a program ends with for an interruption, since torchrun
 # makes 1 of every status but 0
-folder=$(mktemp -d)
+folder=$(mktemp -d 2>/dev/null || TMPDIR=/tmp mktemp -d) # TMPDIR may be a folder of the machine that the job was submitted on
 trap 'rm -rf "$folder"' EXIT
 export K2SSL_STOPPED=$folder/stopped
 (trap '' TERM && exec bash "$@") &
 recipe=$!
 told=false
 # shellcheck disable=SC2046 # one word for each process
-trap 'told=true; touch "$K2SSL_STOPPED"; kill -TERM $(descendants "$recipe") 2>/dev/null || true' TERM
+trap 'told=true; touch "$K2SSL_STOPPED" || true; kill -TERM $(descendants "$recipe") 2>/dev/null || true' TERM
 status=0
 wait "$recipe" || status=$?
 if $told; then # a signal ends `wait`, not the recipe

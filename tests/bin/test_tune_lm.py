@@ -140,9 +140,19 @@ def test_an_interrupted_tuning_goes_on_and_ends_as_one_that_was_not(
     assert tune_lm.main([*files, *grid, "--output", str(best), "--overwrite", "True"]) == 0  # which replaces best.json, had there been one
     assert tried == [-40, 0, 1, 40] and capsys.readouterr().out.splitlines()[:5] == whole
     assert best.read_text() == (tmp_path / "whole.json").read_text() and not kept.exists()
+    last = [*files, *METHOD, "--token-scores", "0", "1", "--output", str(best), "--overwrite", "True"]
     kept.write_text('{"what": "other"}\n')
-    assert tune_lm.main([*files, *METHOD, "--token-scores", "0", "1", "--output", str(best), "--overwrite", "True"]) == 0
+    assert tune_lm.main(last) == 0
     assert tried[4:] == [0, 1] and not kept.exists(), "what is left of another tuning is passed over"
+    monkeypatch.setattr(tune_lm, "errors_of", interrupted)
+    del tried[1:]
+    assert tune_lm.main(last) == 130
+    monkeypatch.setattr(tune_lm, "errors_of", plain)
+    kept.write_bytes(kept.read_bytes() + b'{"search": {"beams": 3}, "counts": {}}\n')  # of another version
+    assert tune_lm.main(last[:-2]) == 2 and "best.json exists" in capsys.readouterr().err
+    best.unlink()
+    assert tune_lm.main(last[:-2]) == 2 and "a trial that cannot be read" in capsys.readouterr().err
+    assert tune_lm.main(last) == 0 and best.exists() and not kept.exists()
 
 
 def test_a_language_model_is_read_once_for_all_combinations(

@@ -99,6 +99,24 @@ def test_a_short_row_takes_nothing_from_the_mask_of_a_long_one() -> None:
     assert together[1].sum() == together[0].sum() < 40, "as fairseq has it, nearly nothing of the long row is hidden"
 
 
+@pytest.mark.parametrize(("kind", "equal"), [("hubert", True), ("asr", False)])
+def test_as_many_frames_are_hidden_in_all_utterances_in_pre_training_only(kind: str, equal: bool) -> None:
+    model = _on_log_mel(kind, frozen=False)
+    lens = torch.tensor([400 + 320 * 39, 400 + 320 * 399])
+    counts = model.draw_mask(torch.zeros(2, int(lens[1])), lens).sum(dim=1)
+    assert (counts[0] == counts[1]) == equal and counts[1] > (1 if equal else 4) * counts[0] - 1
+
+
+def test_a_batch_of_many_rows_hides_as_many_channels_as_one_of_few() -> None:
+    model = _on_log_mel("asr", frozen=False, channel_probability=0.25, channel_length=8)
+    seen: list[torch.Tensor] = []
+    model.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    audio = torch.randn(64, 4000)
+    model.encode(audio, mask=model.draw_mask(audio))
+    hidden = (seen[0] == 0).all(dim=1).sum(dim=1)
+    assert len(hidden.unique()) > 1 and 0.1 < hidden.float().mean() / seen[0].shape[2] < 0.3
+
+
 def test_equal_seeds_draw_equal_masks() -> None:
     draws = [draw_span_mask(torch.tensor([90, 50]), 90, 0.8, 10, 2, _generator(seed), True) for seed in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
@@ -140,12 +158,13 @@ def test_an_encoder_on_log_mel_features_learns_nothing_of_what_is_hidden(kind: s
     assert (model.encode(audio).output.frames - model.encode(other).output.frames).abs().amax() > 0.01
 
 
-def _on_log_mel(kind: str, frozen: bool) -> SpeechEncoder:
+def _on_log_mel(kind: str, frozen: bool, **masking: float) -> SpeechEncoder:
     torch.manual_seed(0)
-    tiny = HubertConfig.tiny()
+    tiny = dataclasses.replace(HubertConfig.tiny(), masking=MaskingConfig(**masking))
     frontend = LogMelConfig(channels=(2, 4, 8), output_dim=16)
     if kind == "hubert":
         return HubertModel(dataclasses.replace(tiny, frontend=dataclasses.replace(frontend, gradient_scale=0.0 if frozen else 1.0)))
-    model = AsrModel(AsrConfig(vocab_size=5, heads="ctc", frontend=frontend, encoder=tiny.encoder, freeze_frontend_steps=int(frozen)))
+    config = AsrConfig(vocab_size=5, heads="ctc", frontend=frontend, encoder=tiny.encoder, freeze_frontend_steps=int(frozen))
+    model = AsrModel(dataclasses.replace(config, masking=tiny.masking))
     model.step = 0
     return model

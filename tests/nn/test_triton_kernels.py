@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from k2ssl.nn import kernels
 from k2ssl.nn.kernels import triton_kernels, use_triton
@@ -196,6 +199,39 @@ def test_kernels_compute_where_they_give_what_pytorch_gives(monkeypatch: pytest.
     assert asked == [GPU] and caplog.messages == ["Swoosh and first convolution on cuda:0: Triton"]
     use_triton(False)
     assert triton_kernels(GPU, torch.float32) is None
+
+
+def test_the_examples_are_held_against_pytorch_wherever_the_first_call_comes_from() -> None:
+    def gelu_backward(grad: torch.Tensor, windows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        products = windows.double() @ matrices.double()
+        return windows.double().mT @ torch.ops.aten.gelu_backward(grad.double().view(products.shape), products)
+
+    plain = SimpleNamespace(
+        swoosh=lambda x, mask, shift, slope, offset, dtype: (
+            (F.softplus(x.float() - shift) - slope * x - offset) * (1 if mask is None else mask)
+        ),
+        swoosh_backward=lambda grad, x, mask, shift, slope: (
+            grad * (torch.sigmoid(x.float() - shift) - slope) * (1 if mask is None else mask)
+        ),
+        gelu_of_products=lambda windows, matrices, dtype: F.gelu(windows.double() @ matrices.double()).flatten(0, 1),
+        gelu_of_products_backward=gelu_backward,
+    )
+    calls: list[str] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        calls.append("layer")
+        assert kernels.difference(plain, torch.device("cpu")) < 1e-5
+        return x.sin()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()  # a layer that is computed again saves nothing else than at first
+    assert calls == ["layer", "layer"] and torch.equal(x.grad, torch.ones(3).cos())
+    with torch.inference_mode():
+        layer(torch.ones(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(3))
+    plain.swoosh = lambda x, mask, *rest: torch.full_like(x, float("nan"))
+    assert math.isnan(kernels.difference(plain, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -257,6 +257,13 @@ def test_a_program_that_fails_when_its_task_was_told_to_stop_is_interrupted(
     assert [row[4] for row in launching.table()[1:]] == [str(status)]
 
 
+def test_nothing_more_is_begun_once_the_task_was_told_to_stop(launching: Made, tmp_path: Path) -> None:
+    launching.program('echo "$@"; touch "$K2SSL_STOPPED"')
+    done = launching.run(K2SSL_STOPPED=str(tmp_path / "stopped"))
+    assert done.returncode == 130 and done.stdout.count("\n") == 1, "the first program ended well, the second was not begun"
+    assert "stage 4 (train) interrupted after" in done.stderr and "stage 5" not in done.stderr
+
+
 def test_where_the_shell_must_ignore_term_torchrun_must_too(launching: Made) -> None:
     command = f"trap '' TERM; exec bash {shlex.quote(str(launching.script))} --ngpu 2 --dry-run"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "K2SSL_VENV": "/none"})

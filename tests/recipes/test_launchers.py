@@ -168,6 +168,12 @@ def test_so_does_one_of_which_torchrun_makes_a_failure(slurm: dict[str, str]) ->
     assert read(slurm, "scontrol") == "requeue 412345\n"
 
 
+def test_a_task_runs_where_the_temporary_folder_of_the_login_node_is_not(slurm: dict[str, str]) -> None:
+    process = job(slurm, recipe(slurm), TMPDIR="/nonexistent")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(read(slurm, "recipe").splitlines()) == 2, error
+
+
 def test_a_failure_is_no_interruption(slurm: dict[str, str]) -> None:
     process = job(slurm, recipe(slurm), WHEN_DONE="1")
     process.communicate(timeout=60)

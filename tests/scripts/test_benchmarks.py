@@ -203,6 +203,8 @@ def test_the_work_of_a_step_is_its_products_and_the_operations_that_write_memory
     assert in_place == {"tflop": pytest.approx(2 * 5 * 7 * 3 / 1e12), "operations": 1, "traffic_gb": pytest.approx(4 * (71 + 15) / 1e9)}
     written = bench_step.counted(lambda: torch.mm(left, right, out=total))  # what lay there before is not read
     assert written["traffic_gb"] == pytest.approx(4 * 71 / 1e9)
+    listed = bench_step.counted(lambda: torch._foreach_mul_([total, total.clone()], 2.0))
+    assert listed["traffic_gb"] == pytest.approx(4 * (30 + 60) / 1e9)  # the clone, and both read and written
     row = torch.ones(1, 3).expand(5, 3)  # is one row in memory
     assert bench_step.counted(lambda: total.copy_(row))["traffic_gb"] == pytest.approx(4 * (3 + 15) / 1e9)
 
