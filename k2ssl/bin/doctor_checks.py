@@ -166,7 +166,7 @@ def exchange() -> Iterator[Finding]:
 
 
 def triton() -> Iterator[Finding]:
-    """Triton, which computes the transducer loss, Swoosh and the first convolution on GPUs: its kernels are held against PyTorch."""
+    """Triton, which computes the transducer loss, Swoosh and parts of the frontend on GPUs: its kernels are held against PyTorch."""
     module = _torch_or_not()
     gpu = module.cuda.is_available()
     if find_spec("triton") is None:

@@ -59,7 +59,7 @@ class Finetune(TrainingJob):
         activation_checkpointing: compute the layers again in the backward pass: less memory, a third more time.
         fuse: compile chains of elementwise operations into one kernel each; needs a C++ compiler on a CPU, Triton on a GPU, and takes a
             minute or two more at the first start on a machine. Results differ in rounding.
-        triton: on a GPU, let Triton's kernels compute Swoosh and the waveform frontend's first layer where they can.
+        triton: on a GPU, let Triton's kernels compute Swoosh and parts of the waveform frontend where they can.
         resume: auto: go on with the run in OUTPUT if there is one; never: refuse such a folder; or the checkpoint to go on from where OUTPUT
             has none yet, of a fine-tuning run with this tokenizer.
         accept_changes: go on with settings that have changed. Of those of the optimizer only the rates are taken over.

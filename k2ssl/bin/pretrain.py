@@ -46,7 +46,7 @@ class Pretrain(TrainingJob):
             third more time.
         fuse: compile chains of elementwise operations into one kernel each; needs a C++ compiler on a CPU, Triton on a GPU, and takes a
             minute or two more at the first start on a machine. Results differ in rounding.
-        triton: on a GPU, let Triton's kernels compute Swoosh and the waveform frontend's first layer where they can.
+        triton: on a GPU, let Triton's kernels compute Swoosh and parts of the waveform frontend where they can.
         resume: auto goes on with the run in OUTPUT if there is one; never refuses such a folder; or the checkpoint of another run to go
             on from where OUTPUT has none yet.
         accept_changes: go on although the settings have changed. Of those of the optimizer only the rates are taken over.

@@ -134,15 +134,16 @@ class _Convolve(torch.autograd.Function):
 class _Activated:
     """What a convolution works on, part by part: gelu(rows) or gelu(layer_norm(rows)), where rows are `source` or windows times `first`.
 
-    Windows without a normalisation have Triton's kernels where there are some, which write the result alone.
+    Triton's kernels, where there are some, make windows times `first` activated values, and rows normalised and activated ones, at once.
     """
 
     def __init__(self, source: Tensor, first: Tensor | None, norm: Norm | None, dtype: torch.dtype) -> None:
         self.source, self.first, self.norm, self.dtype = source, first, norm, dtype
         self.utterances, self.width = (1, len(source)) if first is None else source.shape[:2]
         self.num_rows = self.utterances * self.width
-        kernels = None if first is None or norm is not None else triton_kernels(source.device, source.dtype, dtype)
-        self.kernels = kernels if kernels is not None and source.shape[2] <= kernels.MOST_TAPS else None
+        kernels = triton_kernels(source.device, source.dtype, dtype)
+        self.in_products = kernels if kernels and norm is None and first is not None and source.shape[2] <= kernels.MOST_TAPS else None
+        self.in_norm = kernels if kernels and norm is not None and len(norm[0]) <= kernels.MOST_CHANNELS else None
 
     def parts(self, stride: int, channels: int) -> Iterator[tuple[int, Part]]:
         """Each of whole blocks, with its first block; without `first`, all rows count as one utterance."""
@@ -155,10 +156,10 @@ class _Activated:
 
     def values(self, part: Part) -> Tensor:
         """(rows, C_in) in the dtype of the convolution."""
-        if self.kernels is not None and self.first is not None:
-            found: Tensor = self.kernels.gelu_of_products(self.source[part], self.first[part[0]], self.dtype)
+        if self.in_products is not None and self.first is not None:
+            found: Tensor = self.in_products.gelu_of_products(self.source[part], self.first[part[0]], self.dtype)
             return found
-        return activate(self._rows(part), self.norm).to(self.dtype)
+        return self._activate(self._rows(part))
 
     def start_gradients(self) -> None:
         self.grad_source = torch.empty_like(self.source) if self.first is None else None
@@ -167,19 +168,25 @@ class _Activated:
 
     def values_again(self, part: Part) -> Tensor:
         """`values`, remembering what `backward` of the same part needs."""
-        if self.kernels is not None:
+        if self.in_products is not None:
             return self.values(part)
         self.rows = self._rows(part)
+        if self.in_norm is not None:
+            return self._activate(self.rows)
         self.normal = None if self.norm is None else _normalised(self.rows, self.norm)
         return F.gelu(self.rows if self.normal is None else self.normal[0]).to(self.dtype)
 
     def backward(self, part: Part, grad: Tensor) -> None:
         """Takes the gradient of `values_again` in, (rows, C_in)."""
-        if self.kernels is not None and self.first is not None and self.grad_first is not None:
-            self.grad_first[part[0]] += self.kernels.gelu_of_products_backward(grad, self.source[part], self.first[part[0]])
+        if self.in_products is not None and self.first is not None and self.grad_first is not None:
+            self.grad_first[part[0]] += self.in_products.gelu_of_products_backward(grad, self.source[part], self.first[part[0]])
             return
-        if self.normal is not None and self.norm is not None and self.grad_norm is not None:
-            grad, *parts = _through_norm(grad, self.rows, *self.normal, *self.norm)
+        if self.norm is not None and self.grad_norm is not None:
+            if self.in_norm is not None:
+                grad, *parts = self.in_norm.normal_gelu_backward(grad, self.rows, *self.norm, _EPS)
+            else:
+                assert self.normal is not None
+                grad, *parts = _through_norm(grad, self.rows, *self.normal, *self.norm)
             for total, part_of_it in zip(self.grad_norm, parts, strict=True):
                 total += part_of_it
         elif self.grad_source is not None:
@@ -198,6 +205,12 @@ class _Activated:
         if self.norm is None or self.grad_norm is None:
             return self.grad_source, self.grad_first, None, None
         return self.grad_source, self.grad_first, *(total.to(of.dtype) for total, of in zip(self.grad_norm, self.norm, strict=True))
+
+    def _activate(self, rows: Tensor) -> Tensor:
+        if self.in_norm is not None and self.norm is not None:
+            found: Tensor = self.in_norm.normal_gelu(rows, *self.norm, _EPS, self.dtype)
+            return found
+        return activate(rows, self.norm).to(self.dtype)
 
     def _rows(self, part: Part) -> Tensor:
         return self.source[part[1]] if self.first is None else (self.source[part] @ self.first[part[0]]).flatten(0, 1)

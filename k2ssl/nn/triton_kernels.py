@@ -1,4 +1,5 @@
-"""Triton kernels for what reads and writes most on a GPU: Swoosh, and the waveform frontend's first convolution with its GELU.
+"""Triton kernels for what reads and writes most on a GPU: Swoosh, the waveform frontend's first convolution with its GELU, and GELU of a layer
+normalisation.
 
 As single operations each of them writes the widest tensors of the model to memory several times; here they are read once and written once.
 All is computed in float32. Formulas: `k2ssl.nn.activation` and `k2ssl.nn.row_convolution`, which choose between these and PyTorch.
@@ -13,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_CHANNELS = 2048  # of a layer normalisation: a program has them all
 MOST_TAPS = 16  # of the first convolution, with its bias: the least that a product of blocks takes
 _ROWS, _COLUMNS = 32, 64
 _ROWS_PER_PROGRAM = 1024  # over which a program sums gradients
+_NORMAL_ROWS, _NORMAL_ROWS_PER_PROGRAM = 4, 256  # of a layer normalisation
 
 
 def swoosh(x: Tensor, mask: Tensor | None, shift: float, slope: float, offset: float, dtype: torch.dtype) -> Tensor:
@@ -57,6 +60,32 @@ def gelu_of_products_backward(grad: Tensor, windows: Tensor, matrices: Tensor) -
             TAPS=MOST_TAPS, ROWS=_ROWS, COLUMNS=_COLUMNS, ROWS_PER_PROGRAM=_ROWS_PER_PROGRAM,
         )  # fmt: skip
     return sums.sum(dim=1)[:, :taps]
+
+
+def normal_gelu(rows: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """gelu(layer_norm(rows)): rows (R, C), weight and bias (C,) -> (R, C) in `dtype`."""
+    rows = rows.contiguous()
+    num_rows, channels = rows.shape
+    out = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    grid = (triton.cdiv(num_rows, _NORMAL_ROWS),)
+    with _on(rows):
+        _normal[grid](rows, weight, bias, out, num_rows, channels, EPS=eps, ROWS=_NORMAL_ROWS, COLUMNS=triton.next_power_of_2(channels))
+    return out
+
+
+def normal_gelu_backward(grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `rows`, in their dtype, and of weight and bias, in float32, from that of the result, (R, C)."""
+    rows, grad = rows.contiguous(), grad.contiguous()
+    num_rows, channels = rows.shape
+    parts = triton.cdiv(num_rows, _NORMAL_ROWS_PER_PROGRAM)
+    out, sums = torch.empty_like(rows), torch.empty(2, parts, channels, device=rows.device)
+    with _on(rows):
+        _normal_backward[(parts,)](
+            grad, rows, weight, bias, out, sums, num_rows, channels,
+            EPS=eps, ROWS=_NORMAL_ROWS, COLUMNS=triton.next_power_of_2(channels), ROWS_PER_PROGRAM=_NORMAL_ROWS_PER_PROGRAM,
+        )  # fmt: skip
+    grad_weight, grad_bias = sums.sum(dim=1)
+    return out, grad_weight, grad_bias
 
 
 def _over_rows(
@@ -143,3 +172,53 @@ def _products_backward(  # type: ignore[no-untyped-def]
         total += tl.dot(tl.trans(window), above * slope, input_precision="ieee")
     place = sums + ((utterance * tl.num_programs(0) + tl.program_id(0)) * TAPS + tap[:, None]) * channels + column
     tl.store(place, total, mask=column < channels)
+
+
+@triton.jit
+def _normalised(rows, row, column, num_rows, channels, EPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows with mean 0 and variance 1, zero beyond the last channel, and the inverse deviations (R, 1)."""
+    exists = (row < num_rows) & (column < channels)
+    value = tl.load(rows + row * channels + column, mask=exists, other=0.0).to(tl.float32)
+    value = tl.where(exists, value - (tl.sum(value, axis=1) / channels)[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / channels + EPS)
+    return value * inverse[:, None], inverse[:, None]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _normal(rows, weight, bias, out, num_rows, channels, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program i has block i of the rows."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    normal, _ = _normalised(rows, row, column, num_rows, channels, EPS)
+    scale = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
+    value = normal * scale + tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
+    result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
+    tl.store(out + row * channels + column, result, mask=(row < num_rows) & (column < channels))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _normal_backward(  # type: ignore[no-untyped-def]
+    grad, rows, weight, bias, out, sums, num_rows, channels,
+    EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    """Program i has part i of the rows, over which it sums the gradients of weight and bias."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    scale = tl.load(weight + column, mask=column < channels, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=column < channels, other=0.0).to(tl.float32)
+    weights, biases = tl.zeros((COLUMNS,), dtype=tl.float32), tl.zeros((COLUMNS,), dtype=tl.float32)
+    for start in range(0, ROWS_PER_PROGRAM, ROWS):
+        row = (tl.program_id(0).to(tl.int64) * ROWS_PER_PROGRAM + start + tl.arange(0, ROWS))[:, None]
+        exists = (row < num_rows) & (column < channels)
+        normal, inverse = _normalised(rows, row, column, num_rows, channels, EPS)
+        value = normal * scale + shift
+        slope = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476)) + value * tl.exp(-0.5 * value * value) * 0.3989422804014327
+        above = slope * tl.load(grad + row * channels + column, mask=exists, other=0.0).to(tl.float32)
+        weights += tl.sum(above * normal, axis=0)
+        biases += tl.sum(above, axis=0)
+        above *= scale
+        mean, along = tl.sum(above, axis=1) / channels, tl.sum(above * normal, axis=1) / channels
+        tl.store(out + row * channels + column, inverse * (above - mean[:, None] - normal * along[:, None]), mask=exists)
+    channel = tl.arange(0, COLUMNS)
+    place = sums + tl.program_id(0).to(tl.int64) * channels + channel
+    tl.store(place, weights, mask=channel < channels)
+    tl.store(place + tl.num_programs(0).to(tl.int64) * channels, biases, mask=channel < channels)
