@@ -102,8 +102,6 @@ class HubertConfig:
 class HubertModel(SpeechEncoder):
     """An encoder with one head per label set."""
 
-    equal_masks = True  # as published, where all crops of a batch have one length
-
     def __init__(self, config: HubertConfig, clock: Clock | None = None) -> None:
         super().__init__(config.frontend, config.encoder, config.masking, config.input_dropout, clock)
         self.config = config

@@ -23,6 +23,9 @@ class MaskingConfig:
         length: frames per span.
         min_spans: spans drawn in any utterance, however short.
         channel_probability, channel_length: the same for channels that are set to 0 at all frames of an utterance; 0 turns it off.
+        equal_counts: hide as many frames, and as many channels, in all utterances of a batch, as published: what goes beyond the one with
+            fewest is shown again, at random. That is little where lengths are equal, as in pre-training; where they differ it leaves
+            single frames of the spans. False: every utterance keeps its own spans.
     """
 
     probability: float = 0.8
@@ -30,6 +33,7 @@ class MaskingConfig:
     min_spans: int = 2
     channel_probability: float = 0.0
     channel_length: int = 10
+    equal_counts: bool = True
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -54,10 +58,8 @@ def draw_span_mask(
     Args:
         lens: (N,) valid positions per row, >= 1, on the generator's device; no value of it is read on the host.
         max_len: columns of the mask.
-        probability, length, min_spans: see `MaskingConfig`.
+        probability, length, min_spans, equal_counts: see `MaskingConfig`.
         generator: where the draws come from.
-        equal_counts: as fairseq does it, for rows of one length. Of rows whose lengths differ, a short one would leave single positions of
-            the others' spans, and of few long spans over channels the more rows there are the less.
 
     Returns:
         (N, max_len) bool, True where hidden.

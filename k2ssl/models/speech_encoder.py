@@ -43,16 +43,11 @@ class SpeechEncoder(nn.Module):
     integers that name the micro-batch, before every forward pass; see `Clock`. A step is replayed by restoring the clock's
     `state_dict` of before these calls.
 
-    Attributes:
-        equal_masks: whether as many frames are hidden in every utterance of a batch, see `draw_span_mask`.
-
     Args:
         frontend, encoder, masking: see there.
         input_dropout: rate on the projected frames.
         clock: made here when None.
     """
-
-    equal_masks = False
 
     def __init__(
         self, frontend: FrontendConfig, encoder: EncoderConfig, masking: MaskingConfig, input_dropout: float, clock: Clock | None = None
@@ -110,7 +105,7 @@ class SpeechEncoder(nn.Module):
             self.masking.length,
             self.masking.min_spans,
             self.clock.generator(audio.device),
-            self.equal_masks,
+            self.masking.equal_counts,
         )
 
     def _features(self, audio: Tensor, audio_lens: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -125,7 +120,7 @@ class SpeechEncoder(nn.Module):
         n, _, channels = x.shape
         lens = torch.full((n,), channels, device=x.device)
         generator = self.clock.generator(x.device)
-        hidden = draw_span_mask(lens, channels, masking.channel_probability, masking.channel_length, 0, generator, equal_counts=False)
+        hidden = draw_span_mask(lens, channels, masking.channel_probability, masking.channel_length, 0, generator, masking.equal_counts)
         return x.masked_fill(hidden.unsqueeze(1), 0.0)
 
 
