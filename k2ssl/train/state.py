@@ -119,11 +119,12 @@ def go_on_reading(trainer: Trainer, content: Mapping[str, Any], loader: Loader) 
 
 
 def check_same_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """
+    """Settings that the checkpoint does not know are newer than it; what they are by default is for the programs to know, which compare them.
+
     Raises:
         ValueError: the checkpoint's model was built from other settings; names each that differs.
     """
-    if differing := differences(saved, present):
+    if differing := differences(saved, present, new_keys=False):
         raise ValueError("the checkpoint is of another model: " + "; ".join(differing))
 
 

@@ -166,9 +166,12 @@ def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(
     path = output / "checkpoints/step-000000001.pt"
     content = load_checkpoint(path)
     del content["job"]["fuse"], content["job"]["data"]["crop_step"]
+    del content["job"]["model"]["masking"]["equal_counts"], content["config"]["masking"]["equal_counts"]
     torch.save(content, path)
     longer = sounds.command(output, *ONE_STEP, "--trainer.max-steps", "2", "--accept-changes", "False")
     assert "data.crop_step is 0.0 there, 0.25 here" in refused([*longer, "--data.crop-step", "0.25"])
+    line = refused([*longer, "--model.masking.equal-counts", "False"])
+    assert "model.masking.equal_counts is True there, False here" in line
     assert pretrain.main(longer) == 0
     assert (output / "checkpoints/step-000000002.pt").is_file()
 
