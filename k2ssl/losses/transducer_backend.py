@@ -4,8 +4,8 @@
     triton   one fused kernel per recursion, on CUDA devices (on the CPU in Triton's interpreter: TRITON_INTERPRET=1 before the first import)
     k2       k2.mutual_information_recursion, where k2 is installed
 
-"auto", the default, means triton on CUDA devices where it is installed and finds what it compiles with, else torch. A backend that was asked for and cannot run is an
-error, never replaced by another one. Which one runs on a device is logged when first used there.
+"auto", the default, means triton on CUDA devices where it is installed and finds what it compiles with, else torch. A backend that was
+asked for and cannot run is an error, never replaced by another one. Which one runs on a device is logged when first used there.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def draw_span_mask(
 
     Per row of `n` valid positions: floor(probability n / length + u) spans, u uniform in [0, 1), at least `min_spans`; their starts
     drawn without replacement; their union taken; then, with `equal_counts`, entries dropped at random until every row has as many as the
-    row with fewest. Where fairseq fails, on rows hardly longer than a span, spans are cut at the row's end; at least one position of a row with two
-    or more stays visible.
+    row with fewest. Where fairseq fails, on rows hardly longer than a span, spans are cut at the row's end; at least one position of a
+    row with two or more stays visible.
 
     Args:
         lens: (N,) valid positions per row, >= 1, on the generator's device; no value of it is read on the host.

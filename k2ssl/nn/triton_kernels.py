@@ -97,7 +97,7 @@ def _over_rows(
     with _on(x):
         _swoosh[grid](
             x, grad, x if mask is None else mask, out, batch * frames, frames, channels, *x.stride(), *grad.stride(), *out.stride(),
-            SHIFT=shift, SLOPE=slope, OFFSET=offset, MASKED=mask is not None, DERIVATIVE=derivative, ROWS=_ROWS, COLUMNS=_COLUMNS,
+            shift, slope, offset, MASKED=mask is not None, DERIVATIVE=derivative, ROWS=_ROWS, COLUMNS=_COLUMNS,
         )  # fmt: skip
 
 
@@ -108,23 +108,22 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 @triton.jit(do_not_specialize=["num_rows", "frames"])  # lengths: no kernel of its own for each kind of them
 def _swoosh(  # type: ignore[no-untyped-def]
-    x, grad, mask, out, num_rows, frames, channels, x_n, x_t, x_c, grad_n, grad_t, grad_c, out_n, out_t, out_c,
-    SHIFT: tl.constexpr, SLOPE: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr, DERIVATIVE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, grad, mask, out, num_rows, frames, channels, x_n, x_t, x_c, grad_n, grad_t, grad_c, out_n, out_t, out_c, shift, slope, offset,
+    MASKED: tl.constexpr, DERIVATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j) has block i of the rows and block j of the columns."""
+    """Program (i, j) has block i of the rows and block j of the columns. Both activations are one kernel, their numbers its arguments."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     exists = (row < num_rows) & (column < channels)
     utterance, frame = row // frames, row % frames
     value = tl.load(x + utterance * x_n + frame * x_t + column * x_c, mask=exists, other=0.0).to(tl.float32)
-    z = value - SHIFT
+    z = value - shift
     if DERIVATIVE:
         small = tl.exp(-tl.abs(z))
-        result = tl.where(z < 0.0, small, 1.0) / (1.0 + small) - SLOPE
+        result = tl.where(z < 0.0, small, 1.0) / (1.0 + small) - slope
         result *= tl.load(grad + utterance * grad_n + frame * grad_t + column * grad_c, mask=exists, other=0.0).to(tl.float32)
     else:
-        result = tl.where(z > 0.0, z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z))) - SLOPE * value - OFFSET
+        result = tl.where(z > 0.0, z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z))) - slope * value - offset
     if MASKED:
         result *= tl.load(mask + utterance * channels + column, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + utterance * out_n + frame * out_t + column * out_c, result, mask=exists)

@@ -165,9 +165,10 @@ tile = {"ROWS": kernels._ROWS, "COLUMNS": kernels._COLUMNS}
 made = []
 for capability in (80, 90):
     for form in ("*fp32", "*bf16", "*fp16"):
-        pointers = {"x": form, "grad": form, "out": form, "mask": "*fp32"}
+        numbers = {name: "fp32" for name in ("shift", "slope", "offset")}
+        pointers = {"x": form, "grad": form, "out": form, "mask": "*fp32", **numbers}
         for derivative in (False, True):
-            constants = {"SHIFT": 1.0, "SLOPE": 0.08, "OFFSET": 0.3, "MASKED": derivative, "DERIVATIVE": derivative, **tile}
+            constants = {"MASKED": derivative, "DERIVATIVE": derivative, **tile}
             made.append(compiled(kernels._swoosh, pointers, {**constants, "x_c": 1, "grad_c": 1, "out_c": 1}, capability))
             made.append(compiled(kernels._swoosh, pointers, {**constants, "x_t": 1}, capability))  # strides of 1 are constants
         pointers = {"windows": "*fp32", "matrices": "*fp32", "out": form, "grad": form, "sums": "*fp32"}
