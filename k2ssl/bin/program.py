@@ -28,12 +28,9 @@ _FOR_PEOPLE = (
     "AudioLoadingError",
     "DurationMismatchError",
     "LibsndfileError",
-    "MemoryError",
     "NonFiniteError",
     "OtherRankError",
-    "OutOfMemoryError",
 )
-_NO_MEMORY_ON_CPU = "DefaultCPUAllocator: can't allocate memory"  # torch has no class of its own for it
 
 
 def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequence[str], program: str, description: str) -> int:
@@ -61,11 +58,19 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
         )
         return 1
     except Exception as error:
-        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE and _NO_MEMORY_ON_CPU not in str(error):
+        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE and not _lacks_memory(error):
             raise
         print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _lacks_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # then nothing of it has failed
+        return isinstance(error, MemoryError)
+    from k2ssl.train.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 @contextmanager
