@@ -276,6 +276,7 @@ class Guard:
         record = self._record
         return {
             "rollbacks": self.rollbacks,
+            "sound_step": self.sound_step,
             "lowest": self._lowest,
             "best": self._best,
             "norms": self._norms,
@@ -291,10 +292,11 @@ class Guard:
         Raises:
             ValueError: keys are missing or unknown.
         """
-        expected = {"rollbacks", "lowest", "best", "norms", "num_accepted", "recent", "record"}
-        if set(state) != expected:
+        expected = {"rollbacks", "sound_step", "lowest", "best", "norms", "num_accepted", "recent", "record"}
+        if set(state) | {"sound_step"} != expected:  # the first checkpoints of this format do not know it
             raise ValueError(f"Guard.load_state_dict: keys are {sorted(state)}, allowed are exactly {sorted(expected)}")
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
+        self.sound_step = state.get("sound_step")
         self._lowest, self._best = state["lowest"], state["best"]
         self._norms = state["norms"].to(self._norms, copy=True)
         self._num_accepted = state["num_accepted"].to(self._num_accepted, copy=True)

@@ -273,6 +273,7 @@ def test_a_saved_guard_continues_equally(stop: int) -> None:
     buffer.seek(0)
     two.load_state_dict(torch.load(buffer, weights_only=True))
     assert str(two.recent) == str(one.recent) and two.lr_factor == 0.5  # as text, where NaN equals NaN
+    assert two.sound_step == one.sound_step == (stop - 1 if stop else None)
     straight, resumed = drive(one, range(stop, 200)), drive(two, range(stop, 200))
     assert str(straight) == str(resumed) and str(one.flush()) == str(two.flush())
     assert {log.action for _, log in straight} == {"continue", "roll_back"}
@@ -302,6 +303,15 @@ def test_a_loaded_state_is_a_copy() -> None:
     two.load_state_dict(state)
     state["norms"].fill_(7.0)
     assert feed(two, [math.nan])[0].incidents[0].median == 1.0
+
+
+def test_a_state_from_before_sound_steps_were_kept_is_taken() -> None:
+    guard, state = make(), make().state_dict()
+    guard.check_log(10, 5.0)
+    assert guard.sound_step == 10
+    del state["sound_step"]
+    guard.load_state_dict(state)
+    assert guard.sound_step is None
 
 
 def test_going_back_to_a_checkpoint_does_not_forget_the_roll_back() -> None:
