@@ -4,7 +4,9 @@
 # many updates; the test set is recognised by greedy search, with --searches all by every search and with language models, and scored.
 #
 #   bash recipes/an4/run.sh --corpus-dir an4 --audio-dir recordings,more --out exp/an4
+#   bash recipes/an4/run.sh --corpus-dir an4 --audio-dir recordings,more --out exp/an4 --transcribed-minutes 10
 #
+# The second command uses what the first one has pre-trained, and fine-tunes on the transcripts of ten minutes.
 # A stage whose result is there is skipped, an interrupted one goes on where it was. The last stages write OUT/score/report.txt and wer.json,
 # and tables of error rates and cost, OUT/tables/report.md.
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -15,6 +17,7 @@ audio_dir=  # further folders of audio to pre-train on, separated by commas; tra
 out=exp/an4  # folder for everything that is made
 pretrain_steps=1800  # updates of 60 s
 finetune_steps=2000  # updates of 30 s
+transcribed_minutes=0  # of the training audio, drawn evenly from its speakers, whose transcripts are used; 0: all (43 minutes)
 pretrain_averaged=200  # of the last updates of pre-training, over which weights are averaged before they are used
 finetune_averaged=250  # the same of fine-tuning
 init_batch_count=20000  # where the schedules inside a pre-trained encoder begin; see the program's --help
@@ -24,7 +27,7 @@ device=auto  # auto, cpu, cuda
 num_workers=1  # processes that read audio
 quiet=False  # True: plain lines instead of progress bars
 parse_options "$@"
-need_whole_numbers pretrain_steps finetune_steps pretrain_averaged finetune_averaged init_batch_count seed num_workers
+need_whole_numbers pretrain_steps finetune_steps transcribed_minutes pretrain_averaged finetune_averaged init_batch_count seed num_workers
 need_one_of searches greedy all
 
 recipe=$(dirname "$recipe_script")
@@ -42,14 +45,21 @@ for folder in "${folders[@]}"; do
     split=$(basename "$(realpath -ms -- "$folder")")
     pretrain_cuts+=("$out/mfcc/cuts/cuts_$split.jsonl.gz") pretrain_labels+=("$out/mfcc/labels/$split")
 done
-systems=(ctc_scratch ctc_pretrained transducer_scratch transducer_pretrained)
+limit=
+[ "$transcribed_minutes" = 0 ] || limit=_${transcribed_minutes}min
+transcribed=$out/cuts/cuts_train$limit.jsonl.gz
+systems=("ctc${limit}_scratch" "ctc${limit}_pretrained" "transducer${limit}_scratch" "transducer${limit}_pretrained")
 
 if in_stages 1 "cuts"; then
     need_corpus corpus-dir "$corpus_dir" "Carnegie Mellon University publishes AN4, free of charge; README.md says how it has to lie"
     run_extra "$python" "$recipe/prepare_cuts.py" --corpus-dir "$corpus_dir" --out "$out/cuts"
+    if [ -n "$limit" ] && ! is_made "$transcribed" "$transcribed_minutes"; then
+        run "$python" "$recipe/prepare_limited.py" --cuts "$out/cuts/cuts_train.jsonl.gz" --minutes "$transcribed_minutes" --output "$transcribed"
+        now_made "$transcribed" "$transcribed_minutes"
+    fi
 fi
 
-if in_stages 2 "tokenizer"; then
+if in_stages 2 "tokenizer"; then # of all letters, so that systems with fewer transcripts have outputs for the same ones
     need_file "$out/cuts/cuts_train.jsonl.gz" "manifest of the training audio" 1
     make_tokenizer "$out/letters.pt" --cuts "$out/cuts/cuts_train.jsonl.gz" --kind letters
 fi
@@ -68,11 +78,12 @@ fi
 if in_stages 5 "fine-tuning"; then
     need_file "$out/letters.pt" "tokenizer" 2
     need_file "$out/pretrained.pt" "pre-trained model" 4
+    need_file "$transcribed" "manifest of the transcribed audio" 1
     for system in "${systems[@]}"; do
         init=()
         [[ $system == *_scratch ]] || init=(--init "$out/pretrained.pt" --init-batch-count "$init_batch_count")
         finetune "$system" "$recipe/conf/finetune/${system%%_*}_letters.toml" "$finetune_steps" "$finetune_averaged" \
-            --data.cuts "$out/cuts/cuts_train.jsonl.gz" --tokenizer "$out/letters.pt" "${init[@]}" \
+            --data.cuts "$transcribed" --tokenizer "$out/letters.pt" "${init[@]}" \
             --schedule.lr-batches "$((finetune_steps / 2))" --schedule.warmup-batches "$((finetune_steps / 40))"
     done
 fi
@@ -90,20 +101,20 @@ searches_of() {
 # The options of one of these, in the array `options`.
 read_options() {
     options=()
-    [[ $1 != ctc-lexicon && $1 != ctc-lexicon+* ]] || options+=(--search.lexicon "$out/lm/words.txt")
+    [[ $1 != ctc-lexicon && $1 != ctc-lexicon+* ]] || options+=(--search.lexicon "$out/lm$limit/words.txt")
     case $1 in
     *+an4) options+=(--search.lm "$corpus_dir/etc/an4.lm") ;;
-    *+*) options+=(--search.lm "$out/lm/${1#*+}.arpa") ;;
+    *+*) options+=(--search.lm "$out/lm$limit/${1#*+}.arpa") ;;
     esac
     [ "$1" != ctc-lexicon-free+letters ] || options+=(--search.lm-scale 0.3) # that of ctc-prefix-beam
 }
 
 # A language model of the training transcripts: make_lm NAME FLAG...
 make_lm() {
-    local _file=$out/lm/$1.arpa
+    local _file=$out/lm$limit/$1.arpa
     shift
     is_made "$_file" "$@" && return
-    run "$python" -m k2ssl.bin.train_ngram --cuts "$out/cuts/cuts_train.jsonl.gz" "$@" --output "$_file"
+    run "$python" -m k2ssl.bin.train_ngram --cuts "$transcribed" "$@" --output "$_file"
     now_made "$_file" "$@"
 }
 
@@ -120,7 +131,7 @@ if in_stages 6 "recognition"; then
         need_file "$out/letters.pt" "tokenizer" 2
         make_lm letters --tokenizer "$out/letters.pt" --order 6
         make_lm words --order 3
-        $dry_run || words_of "$out/lm/words.arpa" >"$out/lm/words.txt"
+        $dry_run || words_of "$out/lm$limit/words.arpa" >"$out/lm$limit/words.txt"
     fi
     for file in "${hypotheses[@]}"; do
         folder=$(dirname "$file")
@@ -137,10 +148,10 @@ fi
 
 if in_stages 7 "scores"; then
     for file in "${hypotheses[@]}"; do need_file "$file" "recognised text" 6; done
-    score "$out/score" "${hypotheses[@]}"
+    score "$out/score$limit" "${hypotheses[@]}"
 fi
 
 if in_stages 8 "tables"; then
-    need_file "$out/score/wer.json" "scores" 7
+    need_file "$out/score$limit/wer.json" "scores" 7
     make_tables "$out/tables" "$out"
 fi

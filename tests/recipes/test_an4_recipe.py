@@ -83,6 +83,19 @@ def test_weights_are_averaged_between_the_last_two_checkpoints(tmp_path: Path) -
         assert words[3].endswith("step-000000450.pt") and words[words.index("--after") + 1].endswith("step-000000400.pt")
 
 
+def test_systems_with_few_transcripts_have_names_of_their_own_and_see_no_others(tmp_path: Path) -> None:
+    options = ["--corpus-dir", "an4", "--out", tmp_path, "--searches", "all"]
+    every, few = commands(*options), commands(*options, "--transcribed-minutes", "10")
+    (drawn,) = [words for words in few if words[1].endswith("prepare_limited.py")]
+    limited, whole = str(tmp_path / "cuts/cuts_train_10min.jsonl.gz"), str(tmp_path / "cuts/cuts_train.jsonl.gz")
+    assert drawn[2:] == ["--cuts", whole, "--minutes", "10", "--output", limited]
+    few.remove(drawn)
+    assert [[part.replace("_10min", "") for part in words] for words in few] == every
+    assert {words[2] for words in few if limited in words} == {"k2ssl.bin.finetune", "k2ssl.bin.train_ngram"}
+    written = [{words[words.index("--output") + 1] for words in shown if "--output" in words} for shown in (few, every)]
+    assert {Path(path).name for path in set.intersection(*written)} == {"letters.pt", "pretrain", "pretrained.pt", "tables"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -93,6 +106,7 @@ def test_weights_are_averaged_between_the_last_two_checkpoints(tmp_path: Path) -
         ),
         (["--corpus-dir", "x", "--finetune-averaged", "0"], "--finetune-averaged is 0, at least 1"),
         (["--corpus-dir", "x", "--finetune-steps", "many"], "--finetune-steps is many, a whole number"),
+        (["--corpus-dir", "x", "--transcribed-minutes", "2.5"], "--transcribed-minutes is 2.5, a whole number"),
         (["--corpus-dir", "x", "--steps", "4"], "unknown option --steps"),
         (["--corpus-dir", "x", "--searches", "beam"], "--searches is beam; allowed: greedy all"),
     ],

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ("librispeech", "librilight", "an4", "folder")
 
 
-def script(recipe: str) -> ModuleType:
-    path = ROOT / "recipes" / recipe / "prepare_cuts.py"
-    spec = importlib.util.spec_from_file_location(f"prepare_cuts_{recipe}", path)
+def script(recipe: str, name: str = "prepare_cuts") -> ModuleType:
+    path = ROOT / "recipes" / recipe / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_{recipe}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -153,6 +153,23 @@ def test_an4_has_its_official_split(tmp_path: Path) -> None:
         ("an253-fash-b", "YES NO", "fash"),
         ("an406-fcaw-b", "YES NO", "fcaw"),
     ]
+
+
+def test_a_limited_set_is_drawn_from_a_manifest(librispeech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("librispeech", "--corpus-dir", librispeech, "--parts", "train-clean-100", "--out", tmp_path) == 0
+    cuts, output = tmp_path / "cuts_train-clean-100.jsonl.gz", tmp_path / "new" / "cuts_limited.jsonl.gz"
+
+    def limited(minutes: float, *more: str) -> int:
+        return script("an4", "prepare_limited").main(["--cuts", str(cuts), "--minutes", str(minutes), "--output", str(output), *more])
+
+    assert limited(0.05) == 0  # 3 s of 6 x 1 to 1.3 s
+    drawn = list(read_cuts(output))
+    assert [cut.supervisions[0].speaker for cut in drawn] == ["19", "26"] and "hours" in capsys.readouterr().out
+    before = output.read_bytes()
+    assert limited(0.1) == 1 and "--overwrite replaces it" in capsys.readouterr().err
+    assert limited(3, "--overwrite") == 1 and "--minutes 3: draw_limited: seconds is 180, allowed" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert limited(0.1, "--overwrite") == 0 and len(list(read_cuts(output))) == 5
 
 
 def test_a_folder_in_a_process_of_its_own(tmp_path: Path) -> None:
