@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from k2ssl.batch import AsrBatch, PretrainBatch, padding_mask_from_lens
+from k2ssl.batch import PretrainBatch
 from k2ssl.decode import ctc, transducer
 from k2ssl.decode.ctc_beam import prefix_beam_search
 from k2ssl.models.asr import AsrConfig, AsrModel
@@ -22,10 +22,7 @@ from k2ssl.optim.build import OptimConfig, build_optimizer
 from k2ssl.train.guard import Guard, GuardConfig
 from k2ssl.train.metrics import MetricSums
 from k2ssl.train.update import Moment, Update
-
-LENS = torch.tensor([24000, 16000, 9000])
-LOGMEL = LogMelConfig(channels=(2, 4, 8), output_dim=16)
-PRETRAINING = {"waveform": HubertConfig.tiny(), "log-mel": replace(HubertConfig.tiny(), frontend=LOGMEL)}
+from tests.update_cases import model_and_batch
 
 
 def test_what_a_gpu_refuses_is_refused_and_what_it_waits_for_is_counted() -> None:
@@ -69,29 +66,9 @@ def test_autocast_follows_the_rules_of_cuda() -> None:
     assert types == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32, torch.float32]
 
 
-def _pretraining_batch(model: HubertModel, lens: Tensor) -> PretrainBatch:
-    """Noise and labels for all frames."""
-    frames = model.frontend.num_frames(lens)
-    labels = torch.randint(16, (3, int(frames.max()))).masked_fill(padding_mask_from_lens(frames, int(frames.max()), lens.device), -1)
-    return PretrainBatch(torch.randn(3, int(lens.max())), (labels,), lens if len(set(lens.tolist())) > 1 else None)
-
-
-def _model_and_batch(case: str) -> tuple[Any, Any]:
-    torch.manual_seed(1)
-    name, _, more = case.partition(", ")
-    if name in PRETRAINING:
-        model = HubertModel(PRETRAINING[name])
-        model.encoder.recompute_layers = more == "recomputing"
-        return model, _pretraining_batch(model, torch.full((3,), 24000) if more == "unpadded" else LENS)
-    tokens = torch.tensor([[1, 2, 3], [4, 5, 0], [2, 0, 0]])
-    audio = torch.randn(3, int(LENS.max()))
-    batch = AsrBatch(audio, LENS, ("",) * 3, ("a", "b", "c"), tokens, torch.tensor([3, 2, 1]))
-    return AsrModel(replace(AsrConfig.tiny(6, "both"), ctc_scale=1.0)), batch
-
-
 def _losses(case: str, device: torch.device, dtype: torch.dtype) -> list[float]:
     """Losses per target of four updates of two micro-batches, in the last of which ScaledAdam updates the sizes of tensors."""
-    model, batch = _model_and_batch(case)
+    model, batch = model_and_batch(case)
     model = model.to(device).train()
     update = Update(model, build_optimizer(OptimConfig(clipping_update_period=2), model), device, dtype)
     guard, losses = Guard(GuardConfig(), None, device), []
