@@ -14,7 +14,7 @@ from k2ssl.data.stable_hash import stable_hash
 def draw_limited(cuts: Iterable[Cut], seconds: float, seed: int = 0) -> list[Cut]:
     """As much of `cuts` as fits into a duration, spread over speakers: each gives one cut after the other, in turns.
 
-    So all speakers have as many cuts, or one more, as far as they have so many; Libri-Light's limited sets (arXiv 1912.07875) are spread
+    So all speakers have as many cuts, or one more, as far as they have so many; the limited sets of arXiv 1912.07875 are spread
     over speakers, too. A cut's place in line is drawn from the seed and its id: a set does not depend on the order of the manifest, and
     a set of fewer seconds lies within one of more.
 

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k2ssl.losses.transducer_lattice import NEG_INF, check_boundary, lattice_loss, refuse_second_derivative, window_loss
+from k2ssl.first_derivative import first_derivative_only
+from k2ssl.losses.transducer_lattice import NEG_INF, check_boundary, lattice_loss, window_loss
 from k2ssl.losses.transducer_pruning import check_ranges, check_windows
 
 
@@ -193,8 +194,8 @@ class _TargetLogProbs(torch.autograd.Function):
         return target_logits - norm, logits[..., blank] - norm
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, target_grad: Tensor, blank_grad: Tensor) -> tuple[Tensor, None, None]:
-        refuse_second_derivative()
         logits, targets, norm = ctx.saved_tensors
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         flat = [tensor.reshape(-1, logits.shape[-1]) for tensor in (grad, logits)]

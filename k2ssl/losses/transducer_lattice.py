@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k2ssl.first_derivative import first_derivative_only
 from k2ssl.losses.transducer_backend import announced_backend, recursion
 from k2ssl.losses.transducer_diagonals import NEG_INF, Diagonals, ends_of, grid_view, window_nodes
 
@@ -85,17 +86,6 @@ def window_loss(px: Tensor, py: Tensor, ranges: Tensor, boundary: Tensor, num_sy
     return _LatticeLoss.apply(px, py, boundary, ranges, num_symbols)[0]
 
 
-def refuse_second_derivative() -> None:
-    """For gradients written by hand: torch's own `once_differentiable` lets a second derivative pass, and come out wrong, where the
-    incoming gradient needs none.
-
-    Raises:
-        RuntimeError: called in a backward pass with `create_graph=True`.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError("transducer losses can be differentiated once: their backward pass was called with create_graph=True")
-
-
 class _LatticeLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -110,8 +100,8 @@ class _LatticeLoss(torch.autograd.Function):
         return -log_likelihood, px_grad, py_grad
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        refuse_second_derivative()
         px_grad, py_grad = ctx.saved_tensors
         scale = -loss_grad.view(-1, 1, 1)
         return scale * px_grad, scale * py_grad, None, None, None

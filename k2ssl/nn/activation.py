@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.dropout import Dropout
 from k2ssl.nn.initial import scale_initial
 from k2ssl.nn.kernels import triton_kernels
@@ -128,7 +128,7 @@ class _SwooshDropoutLinear(torch.autograd.Function):
             return F.linear(hidden, weight.to(dtype), bias.to(dtype))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask = ctx.saved_tensors
         grad = grad.to(ctx.dtype)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.balancer import Balancer
 from k2ssl.nn.fusion import fusible
 from k2ssl.nn.initial import scale_initial
@@ -165,7 +165,7 @@ class _ScoreSoftmax(torch.autograd.Function):
         return weights
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, scores = ctx.saved_tensors
         # PyTorch's own function is one pass, in float32 inside

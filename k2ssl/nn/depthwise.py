@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.precision import product_dtype
 
 
@@ -84,7 +84,7 @@ class _CpuDepthwise2d(torch.autograd.Function):
         return image.permute(0, 2, 3, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         options = {"padding": weight.shape[-1] // 2, "groups": len(weight)}

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from k2ssl.first_derivative import first_derivative_only
 
 
 def keep_in_graph(x: Tensor, params: Iterable[Tensor]) -> Tensor:
@@ -26,6 +27,6 @@ class _KeepInGraph(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return (grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like))

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.schedule import Clock
 
 _PROBABILITY = 0.6  # acting on every step would make the limit a hard wall that the parameter sticks to
@@ -31,7 +31,7 @@ class _LimitValue(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         low, high = ctx.limits

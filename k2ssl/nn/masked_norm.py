@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from k2ssl.first_derivative import first_derivative_only
 
 _SLICE = 64  # channels worked on at a time
 
@@ -83,7 +84,7 @@ class _MaskedTimeNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, padding, weight, count, mean, inv_std = ctx.saved_tensors
         wide = _statistics_dtype(x)

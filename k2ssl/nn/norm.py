@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.fusion import fusible
 from k2ssl.nn.limit import limit_value
 from k2ssl.nn.schedule import Clock
@@ -51,7 +51,7 @@ class _BiasNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _gradients(grad, *ctx.saved_tensors)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.fusion import fusible
 from k2ssl.nn.kernels import triton_kernels
 
@@ -103,7 +103,7 @@ class _Convolve(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         source, first, norm_weight, norm_bias, weight = ctx.saved_tensors
         stride, dtype = ctx.stride, ctx.dtype
