@@ -97,21 +97,34 @@ class SpecAugment:
             frontend: log-mel, called with audio (N, S) and lengths (N,) or None.
             generator: gives the generator of the present step for a device.
         """
-        lens: list[Tensor] = []  # of the batch that the frontend works on; the filterbank is not told
+        hiding = _Hiding(self, frontend, generator)
+        frontend.register_forward_pre_hook(hiding.begin, with_kwargs=True)
+        frontend.mel.register_forward_hook(hiding.hide)
+        frontend.register_forward_hook(hiding.end, always_call=True)
 
-        def remember(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            audio, audio_lens = _audio_and_lens(*arguments, **keywords)
-            samples = torch.full((audio.shape[0],), audio.shape[1]) if audio_lens is None else audio_lens
-            lens[:] = [torch.div(samples - frontend.mel.frame_length, frontend.mel.frame_shift, rounding_mode="floor") + 1]
 
-        def hide(module: nn.Module, arguments: tuple[Any, ...], features: Tensor) -> Tensor:
-            if not frontend.training:
-                return features
-            _, num_frames, num_bands = features.shape
-            return features.masked_fill(self.hidden(lens[0], num_frames, num_bands, generator(features.device)), frontend.mel_mean)
+class _Hiding:
+    """What `SpecAugment.attach` hooks into a frontend. Its methods are copied and pickled with the model, and are those of the copy then."""
 
-        frontend.register_forward_pre_hook(remember, with_kwargs=True)
-        frontend.mel.register_forward_hook(hide)
+    def __init__(self, masks: SpecAugment, frontend: Any, generator: Callable[[torch.device], torch.Generator]) -> None:
+        self.masks, self.frontend, self.generator = masks, frontend, generator
+        self.lens: Tensor | None = None  # of the batch that the frontend works on; the filterbank is not told
+
+    def begin(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        audio, audio_lens = _audio_and_lens(*arguments, **keywords)
+        samples = torch.full((audio.shape[0],), audio.shape[1]) if audio_lens is None else audio_lens
+        mel = self.frontend.mel
+        self.lens = torch.div(samples - mel.frame_length, mel.frame_shift, rounding_mode="floor") + 1
+
+    def hide(self, module: nn.Module, arguments: tuple[Any, ...], features: Tensor) -> Tensor:
+        if self.lens is None or not self.frontend.training:
+            return features
+        _, num_frames, num_bands = features.shape
+        hidden = self.masks.hidden(self.lens, num_frames, num_bands, self.generator(features.device))
+        return features.masked_fill(hidden, self.frontend.mel_mean)
+
+    def end(self, *_: Any) -> None:
+        self.lens = None
 
 
 def _audio_and_lens(audio: Tensor, audio_lens: Tensor | None = None, hidden: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

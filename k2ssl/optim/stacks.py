@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,13 @@ class _Stack:
         first = local(params[0])
         self.exp_avg_sq = torch.zeros((len(params), *first.shape), dtype=first.dtype, device=first.device)
         self.delta = torch.zeros_like(self.exp_avg_sq)
-        self.delta_rows = list(self.delta.unbind())
+        self.delta_rows = self.delta.unbind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "delta_rows"}  # pickled, they would be no views any more
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, delta_rows=state["delta"].unbind())
 
     @property
     def params(self) -> list[Tensor]:

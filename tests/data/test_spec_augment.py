@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from k2ssl.data.spec_augment import SpecAugment, SpecAugmentConfig
 from k2ssl.models.logmel import LogMelConfig, LogMelFrontend
+from k2ssl.nn.schedule import Clock
 
 BANDS = SpecAugmentConfig(band_masks=2, band_width=20)
 TIMES = SpecAugmentConfig(time_masks=10, time_width=0.4, time_share=0.15)
@@ -99,6 +103,26 @@ def test_lengths_given_by_name_or_not_at_all_are_understood() -> None:
     made(audio)
     assert not (seen[0][1, 98:] == made.mel_mean).any() and (seen[0][0] == made.mel_mean).any()
     assert torch.equal(seen[1] == made.mel_mean, drawn(TIMES, [298, 298], 298, seed=5, num_bands=40))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["deepcopy", "pickle"])
+def test_a_copy_goes_by_its_own_mode_and_its_own_generator(copied: Callable[[Any], Any]) -> None:
+    student, clock, audio = frontend(), Clock(), 0.1 * torch.randn(2, 16000)
+    SpecAugment(TIMES, 100.0).attach(student, clock.generator)
+    teacher = copied(student).eval()
+    before = clock.generator(torch.device("cpu")).get_state()
+    assert torch.equal(teacher(audio), frontend().eval()(audio))
+    student.eval()
+    teacher.train()
+    assert not torch.equal(teacher(audio), teacher(audio)) and torch.equal(student(audio), student(audio))
+    assert torch.equal(clock.generator(torch.device("cpu")).get_state(), before)
+
+
+def test_a_filterbank_that_is_called_alone_hides_nothing() -> None:
+    made, _ = attached(TIMES)
+    audio = 0.1 * torch.randn(3, 8000)
+    made(audio[:2])
+    assert torch.equal(made.mel(audio), frontend().mel(audio))
 
 
 def test_drawing_never_waits_for_the_device(no_questions: Any) -> None:

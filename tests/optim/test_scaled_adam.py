@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -215,11 +216,12 @@ def test_state_saved_before_the_first_step_loads() -> None:
     assert_equal(values(params), values(others))
 
 
-def test_a_deep_copy_continues_like_the_original() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+def test_a_copy_continues_like_the_original(copied: Callable[[Any], Any]) -> None:
     params = make_params()
     optimizer = ScaledAdam(params.items(), clipping_scale=1.5)
     train(params, optimizer, range(21))
-    params_copy, optimizer_copy = copy.deepcopy((params, optimizer))
+    params_copy, optimizer_copy = copied((params, optimizer))
     train(params, optimizer, range(21, 50))
     train(params_copy, optimizer_copy, range(21, 50))
     assert_equal(values(params), values(params_copy))
