@@ -153,7 +153,7 @@ class NgramLm(nn.Module):
 
     def _row_without_context(self) -> Tensor:
         count = self._most[0]
-        row = torch.zeros(self._width, device=self.log_prob.device)
+        row = torch.zeros(self._width, dtype=self.log_prob.dtype, device=self.log_prob.device)
         return row.scatter_(0, self.word[:count], self.log_prob[:count])
 
 

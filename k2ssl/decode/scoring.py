@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -190,7 +191,7 @@ def score(results: Iterable[Result], rule: TextRule | None = None, seed: int = 0
         seed: of the bootstrap intervals.
 
     Raises:
-        ValueError: no utterance has a reference, or all references are empty.
+        ValueError: no utterance has a reference, all references are empty, or two utterances have one id.
     """
     rule = TextRule() if rule is None else rule
     scored, without = [], 0
@@ -206,6 +207,9 @@ def score(results: Iterable[Result], rule: TextRule | None = None, seed: int = 0
     if not any(utterance.word.reference for utterance in scored):
         raise ValueError(f"all {len(scored)} references are empty, there is no error rate")
     scored.sort(key=lambda utterance: utterance.id)
+    for one, other in itertools.pairwise(scored):
+        if one.id == other.id:
+            raise ValueError(f"two utterances have the id {one.id!r}, each may be decoded once")
     words = report_of([utterance.word for utterance in scored], "word", seed)
     chars = report_of([utterance.char for utterance in scored], "char", seed)
     return Score(tuple(scored), without, words, chars)

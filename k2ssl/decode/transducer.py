@@ -274,6 +274,8 @@ def _hypothesis(symbols: list[int], score: float, blank: int, frame_of: Sequence
 def _fusion(lm: TokenLm | None, lm_scale: float, lm_final: bool, biasing: ContextGraph | None) -> Fusion:
     if not (math.isfinite(lm_scale) and lm_scale >= 0):
         raise ValueError(f"modified_beam_search: lm_scale is {lm_scale}, allowed is a finite number >= 0")
+    if lm_scale > 0 and lm is None:
+        raise ValueError(f"modified_beam_search: lm_scale is {lm_scale}, but there is no language model")
     return Fusion(lm if lm_scale > 0 else None, lm_scale, lm_final, biasing)
 
 

@@ -172,6 +172,9 @@ def bootstrap_interval(errors: Sequence[int], lengths: Sequence[int], seed: int 
         lengths: of each utterance's reference; not all 0.
         seed: of the draws; the same seed gives the same interval, in whatever order the utterances come.
         share: between 0 and 1.
+
+    Raises:
+        ValueError: no utterances, or all lengths are 0.
     """
     low, high = np.quantile(resampled_rates(errors, lengths, DRAWS, seed), [(1 - share) / 2, (1 + share) / 2])
     return float(low), float(high)
@@ -182,7 +185,12 @@ def resampled_rates(errors: Sequence[int], lengths: Sequence[int], draws: int, s
 
     Utterances with equal numbers are drawn together, which is the same distribution: 100,000 utterances have some hundred different
     numbers of errors and words. Draws of empty references alone have no rate and are drawn again.
+
+    Raises:
+        ValueError: no utterances, or all lengths are 0.
     """
+    if not any(lengths):
+        raise ValueError(f"resampled_rates: {len(lengths)} utterances have references of length 0 in all, at least 1 is needed")
     kinds, times = np.unique(np.array([errors, lengths], dtype=np.int64), axis=1, return_counts=True)
     draw, number = np.random.default_rng(seed), len(errors)
     rates: list[float] = []

@@ -150,7 +150,7 @@ class MfccFeatures(nn.Module):
         if width == 0:
             return audio.new_zeros(audio.shape[0], 0, self.dim, dtype=torch.float32), frame_lens
         with torch.autocast(audio.device.type, enabled=False):
-            cepstra = self.mel(audio)[:, :width] @ self.cepstra
+            cepstra = self.mel(audio)[:, :width] @ self.cepstra.float()
             slopes = self._slopes(cepstra, frame_lens)
             frames = torch.cat([cepstra, slopes, self._slopes(slopes, frame_lens)], -1)
         return _zero_after(frames, frame_lens), frame_lens

@@ -23,7 +23,7 @@ class KMeans:
     """K centres of D-dimensional frames.
 
     Args:
-        centroids: (K, D), finite; kept as float32 on the CPU.
+        centroids: (K, D), finite, also in float32, in which they are kept on the CPU.
         description: plain values that name the features the centres were fitted to (`FeatureFunction.description`).
 
     Raises:
@@ -33,10 +33,10 @@ class KMeans:
     def __init__(self, centroids: Tensor, description: Mapping[str, Scalar] | None = None) -> None:
         if centroids.dim() != 2 or 0 in centroids.shape:
             raise ValueError(f"KMeans: centroids have shape {tuple(centroids.shape)}, (clusters >= 1, dimensions >= 1) is needed")
-        bad = (~centroids.isfinite()).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"KMeans: centroids {bad[:10]} are not finite")
         self.centroids = centroids.detach().to("cpu", torch.float32).clone()
+        bad = (~self.centroids.isfinite()).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"KMeans: centroids {bad[:10]} are not finite in float32")
         self.description: dict[str, Scalar] = dict(description or {})
         self._ready: dict[torch.device, Centres] = {}
 
@@ -59,8 +59,10 @@ class KMeans:
     def assign(self, features: Tensor) -> Tensor:
         """(F, D) to (F,) int64 on the same device: the number of the nearest centre exactly as float64 has it, the lowest of equals.
 
+        Features are taken as float32, so those of float64 are rounded first.
+
         Raises:
-            ValueError: a wrong shape, or frames that are not finite, the first one named.
+            ValueError: a wrong shape, or frames that are not finite in float32, the first one named.
         """
         features = self._checked(features)
         return self._centres(features.device).nearest(features, exact=True)
@@ -103,8 +105,9 @@ class KMeans:
     def _checked(self, features: Tensor) -> Tensor:
         if features.dim() != 2 or features.shape[1] != self.dim:
             raise ValueError(f"KMeans: features have shape {tuple(features.shape)}, (frames, {self.dim}) is needed")
+        features = features.float()
         check_finite(features, "features")
-        return features.float()
+        return features
 
 
 def check_finite(features: Tensor, what: str) -> None:

@@ -237,7 +237,8 @@ class _AgreementCounts:
         self.num_utterances += 1
         theirs = self.other.labels(name)
         check_range(f"previous labels of {name}", theirs, self.joint.shape[1])
-        at = (middles(len(labels), self.rate) * self.other_rate).astype(np.int64)
+        # a little is added so that rounding does not make 2.9999999 of 3, where one rate is a multiple of the other
+        at = (middles(len(labels), self.rate) * self.other_rate + 1e-6).astype(np.int64)
         at = at[at < len(theirs)]
         add_pairs(self.joint, labels[: len(at)], theirs[at])
 

@@ -86,6 +86,8 @@ def _check(log_probs: Tensor, lens: Tensor, targets: Tensor, target_lens: Tensor
     if log_probs.dim() != 3:
         raise ValueError(f"ctc_sums: log_probs has shape {tuple(log_probs.shape)}, (N, T, V) is needed")
     batch, num_frames, vocab_size = log_probs.shape
+    if 0 in log_probs.shape:
+        raise ValueError(f"ctc_sums: log_probs has shape {tuple(log_probs.shape)}, at least one utterance and one frame are needed")
     if targets.dim() != 2 or targets.shape[0] != batch or targets.dtype != torch.int64 or targets.device != log_probs.device:
         raise ValueError(
             f"ctc_sums: targets must be int64 of shape ({batch}, U) on {log_probs.device}, got {targets.dtype} {tuple(targets.shape)} on "

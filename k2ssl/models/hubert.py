@@ -22,7 +22,7 @@ from k2ssl.models.zipformer import ZipformerConfig
 from k2ssl.nn.schedule import Clock
 from k2ssl.structure import check_types
 
-_LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,8 @@ def check_labels(name: str, labels: Tensor, frame_lens: list[int], ratio: float,
     long as so many frames; see `check_batch`."""
     n = len(frame_lens)
     if labels.ndim != 2 or labels.shape[0] != n or labels.shape[1] == 0 or labels.dtype not in _LABEL_TYPES:
-        raise ValueError(f"{name} has shape {tuple(labels.shape)} and type {labels.dtype}, allowed are integers ({n}, L >= 1)")
+        types = ", ".join(str(kind).removeprefix("torch.") for kind in _LABEL_TYPES)
+        raise ValueError(f"{name} has shape {tuple(labels.shape)} and type {labels.dtype}, allowed are ({n}, L >= 1) and {types}")
     fewest, most = -max(ratio, 1.0), max(ratio, 1.0) + max(0, math.ceil(window) - 2) * ratio
     if labels.device.type != "cpu":
         _check_label_count(f"{name}, longest utterance", labels.shape[1], max(frame_lens), ratio, fewest, most)

@@ -110,7 +110,8 @@ class LanguageModel(nn.Module):
         """
         if not batch.tokens.numel():
             return
-        least, most = batch.tokens.aminmax()
+        padding = padding_mask_from_lens(batch.token_lens, batch.tokens.shape[1], batch.tokens.device)
+        least, most = batch.tokens.masked_fill(padding, 0).aminmax()
         if least < 0 or most >= self.vocab_size:
             raise ValueError(f"LanguageModel: tokens from {int(least)} to {int(most)}, allowed are 0..{self.vocab_size - 1}")
 
@@ -118,7 +119,7 @@ class LanguageModel(nn.Module):
     def start(self, batch: int, device: torch.device) -> Tensor:
         """(batch, 2, num_layers, dim) states after the start of a sentence; the model moves to `device` if it is elsewhere."""
         self.to(device)
-        nothing = torch.zeros(1, 2, self.config.num_layers, self.config.dim, device=device)
+        nothing = torch.zeros(1, 2, self.config.num_layers, self.config.dim, dtype=self.embedding.weight.dtype, device=device)
         return self.advance(nothing, torch.zeros(1, dtype=torch.int64, device=device)).repeat(batch, 1, 1, 1)
 
     @torch.no_grad()

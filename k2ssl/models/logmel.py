@@ -105,10 +105,12 @@ class LogMelFrontend(Frontend):
 
     def _frames(self, audio: Tensor, audio_lens: Tensor | None, hidden: Tensor | None) -> Tensor:
         x = (self.mel(audio) - self.mel_mean) / self.mel_std
+        fine, coarse = self._padding_masks(audio, audio_lens)
         if hidden is not None:
+            if coarse is not None:
+                hidden = hidden.masked_fill(coarse[:, :, 0, 0], False)  # hidden with padding, an utterance's last feature would be, too
             x = x.masked_fill(_hidden_features(hidden, x.size(1)).unsqueeze(2), 0)
         x = x.to(self.out.weight.dtype).unsqueeze(3)  # (N, T at 100 Hz, bands, 1), channels last from here on
-        fine, coarse = self._padding_masks(audio, audio_lens)
         x = swoosh_r(_convolve(self.conv1, _zero_padding(x, fine)))
         x = swoosh_r(_convolve(self.conv2, _zero_padding(x, fine)))  # time and bands halved
         x = swoosh_r(_convolve(self.conv3, _zero_padding(x, coarse)))  # bands halved

@@ -75,7 +75,7 @@ class Balancer(nn.Module):
                     raise ValueError(f"Balancer: {name} is {value}, allowed is 0 <= {name} <= 1")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> the same tensor's values."""
+        """(..., F, C) -> the same tensor's values."""
         if not (self.training and x.requires_grad and self.clock.chance(self.probability(self.clock.batch_count))):
             return x
         return _Balance.apply(x, self.limits())
@@ -93,12 +93,17 @@ class Balancer(nn.Module):
 
 
 def balanced_gradient(x: Tensor, grad: Tensor, limits: BalancerLimits) -> Tensor:
-    """The gradient `grad` of x (..., C), modified for channels outside `limits`; float32 at least.
+    """The gradient `grad` of x (..., F, C), modified for channels outside `limits`; float32 at least.
 
     With mu, sd and r the mean, standard deviation and rms of a channel, z = (x - mu) / sd and m = mu / sd, the gradient of the penalty
     |m - clamp(m)| + |log(clamp(r) / r)| is, up to a constant that the normalisation removes, s + w m + (w - s m) z, where s is the sign
     of what the clamp takes from m, and w that for r over 1 + m^2 = (r / sd)^2. Its rms is sqrt((s^2 + w^2) (1 + m^2)).
+
+    Raises:
+        ValueError: x has fewer than two dimensions.
     """
+    if x.ndim < 2:
+        raise ValueError(f"balanced_gradient: x has shape {tuple(x.shape)}, (..., frames, channels) is needed")
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(dim=axes, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     centred = x - mean

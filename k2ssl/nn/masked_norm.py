@@ -38,7 +38,7 @@ class MaskedTimeNorm(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """(N, C, T), (N, T) bool with True at padding or None -> (N, C, T), zero at padding."""
-        if padding_mask is not None or x.dtype not in (torch.float32, torch.float64):
+        if padding_mask is not None or x.shape[2] == 1 or x.dtype not in (torch.float32, torch.float64):  # of one frame torch refuses it
             return masked_time_norm(x, padding_mask, self.weight, self.bias, self.eps)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.group_norm(x, weight.numel(), weight, bias, self.eps)

@@ -15,7 +15,12 @@ def relative_positions(num_frames: int, dim: int, device: torch.device, length_f
     columns are cos(k a), sin(k a) for k = 1 .. dim/2 in turn, and the last column is the constant 1.
 
     Source: arXiv 2310.11230, section 3.1 and its code; upstream CompactRelPositionalEncoding.
+
+    Raises:
+        ValueError: `dim` is odd, or less than 2.
     """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"relative_positions: dim is {dim}, an even number >= 2 is needed")
     offsets = torch.arange(-(num_frames - 1), num_frames, device=device, dtype=torch.float32)
     compression = math.sqrt(dim)
     compressed = compression * offsets.sign() * ((offsets.abs() + compression).log() - math.log(compression))

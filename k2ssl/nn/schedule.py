@@ -272,11 +272,10 @@ class Clock:
         self._host.setstate(snapshot.host)
         self._flags_host = list(snapshot.flags)
         self._loaded_generators = dict(snapshot.loaded_generators)
-        for device, generator in list(self._generators.items()):
-            if device in snapshot.generators:
-                generator.set_state(snapshot.generators[device])
-            else:
-                del self._generators[device]  # it was made later; `generator` makes it again as it did then
+        for device in self._generators.keys() - snapshot.generators.keys():
+            del self._generators[device]  # it was made later; `generator` makes it again as it did then
+        for device, state in snapshot.generators.items():
+            self._generators.setdefault(device, torch.Generator(device)).set_state(state)
 
     def _wait_for_copy(self) -> None:
         if self._copy is not None and self._copy[1] is not None:

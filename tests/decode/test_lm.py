@@ -83,6 +83,12 @@ def test_a_hypothesis_scores_the_same_alone_and_among_others(ngrams) -> None:  #
         assert torch.equal(alone[0][0], rows[i]) and torch.equal(alone[1][0], finals[i])
 
 
+def test_a_model_in_float64_scores_as_one_in_float32(ngrams) -> None:  # type: ignore[no-untyped-def]
+    model, tokens = ngrams.random_model(0, PIECES[1:], 3), sentences(1, 5, 6)
+    for one, two in zip(walk(NgramLm(model, PIECES), tokens), walk(NgramLm(model, PIECES).double(), tokens), strict=True):
+        torch.testing.assert_close(two, one.double())
+
+
 def test_single_tokens_score_as_in_their_row(ngrams) -> None:  # type: ignore[no-untyped-def]
     lm = NgramLm(ngrams.random_model(0, PIECES[1:], 3), PIECES)
     state = lm.start(20, CPU)

@@ -169,6 +169,11 @@ def test_the_order_of_the_results_changes_nothing() -> None:
     assert json.dumps(score_content(score(shuffled), "word")) == json.dumps(score_content(score(results), "word"))
 
 
+def test_an_utterance_that_was_decoded_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="two utterances have the id 'u003'"):
+        score([*decoding(), result("u003", "a", "b")])
+
+
 def test_the_content_holds_every_number() -> None:
     results = [
         result("a", "the cat sat", "the hat sat", "anna", 2.0),

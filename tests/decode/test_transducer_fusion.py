@@ -249,6 +249,7 @@ def test_other_vocabularies_and_bad_scales_are_refused() -> None:
     for settings, message in (
         ({"lm": lm, "lm_scale": -0.1}, "lm_scale is -0.1"),
         ({"lm": lm, "lm_scale": math.inf}, "lm_scale is inf"),
+        ({"lm_scale": 0.5}, r"lm_scale is 0\.5, but there is no language model"),
         ({"biasing": ContextGraph([(1, VOCAB)], 1.0)}, r"token 6, allowed are 0\.\.5"),
         ({"biasing": ContextGraph([(1, 2)], 1.0)}, "token 2, which is blank"),
     ):

@@ -168,6 +168,12 @@ def test_draws_of_empty_references_alone_are_drawn_again() -> None:
     assert low == 0.5 and high == 1.0  # the second alone, or one of each
 
 
+@pytest.mark.parametrize("errors", [[], [1, 0]])
+def test_an_interval_of_no_words_is_refused(errors: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"{len(errors)} utterances have references of length 0 in all"):
+        bootstrap_interval(errors, [0] * len(errors))
+
+
 def test_errors_of_one_speaker_together_widen_the_interval() -> None:
     spread = bootstrap_interval([1] * 100, [10] * 100)
     bundled = bootstrap_interval([10] * 10 + [0] * 90, [10] * 100)

@@ -81,6 +81,13 @@ def test_a_batch_too_short_for_any_frame_gives_none() -> None:
     assert lens.tolist() == [0, 0]
 
 
+def test_mfcc_of_a_module_in_another_type_are_still_float32() -> None:
+    audio, lens = torch.randn(1, 4000, generator=torch.Generator().manual_seed(1)), torch.tensor([4000])
+    frames = MfccFeatures().double()(audio, lens)[0]
+    assert frames.dtype == torch.float32
+    torch.testing.assert_close(frames, MfccFeatures()(audio, lens)[0])
+
+
 def test_mfcc_describe_themselves() -> None:
     function: FeatureFunction = MfccFeatures()
     assert (function.dim, function.sample_rate, function.stride, function.frame_rate) == (39, 16000, 160, 100.0)

@@ -179,6 +179,10 @@ def test_bad_features_and_centres_are_refused_by_name() -> None:
         model.inertia(x[:0])
     with pytest.raises(ValueError, match=r"centroids \[5\] are not finite"):
         KMeans(x)
+    with pytest.raises(ValueError, match=r"centroids \[1\] are not finite in float32"):
+        KMeans(torch.tensor([[1e30], [1e300]], dtype=torch.float64))
+    with pytest.raises(ValueError, match="frame 0 has the value inf in dimension 0"):
+        KMeans(torch.zeros(2, 1)).inertia(torch.tensor([[1e39]], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"centroids have shape \(0, 3\)"):
         KMeans(torch.zeros(0, 3))
 

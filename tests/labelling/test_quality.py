@@ -106,6 +106,13 @@ def test_labels_of_another_rate_are_compared_at_the_middle_of_each_frame() -> No
     assert nmi(fast, shifted, 100.0, 100.0) < 0.9
 
 
+def test_rounding_takes_no_label_for_its_neighbour_where_one_rate_is_a_multiple_of_the_other() -> None:
+    draw = np.random.default_rng(0)
+    slow, fast = draw.integers(0, 20, 20_000), draw.integers(0, 20, 40_000)
+    fast[1::2] = slow  # at the middle of frame t lies the label 2 t + 1
+    assert nmi(Store(a=slow), Store(a=fast), 50.0, 100.0) == pytest.approx(1.0)
+
+
 def test_labels_beyond_the_end_of_the_other_ones_are_left_out() -> None:
     quality = measure_quality(
         [("a", array(0, 1, 2, 3)), ("new", array(1))], 4, 50.0, previous=Store(a=array(0, 1)), previous_classes=2, previous_rate=50.0

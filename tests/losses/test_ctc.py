@@ -193,6 +193,7 @@ GOOD = {
     ("change", "message"),
     [
         ({"log_probs": torch.zeros(2, 5)}, r"log_probs has shape \(2, 5\), \(N, T, V\)"),
+        ({"log_probs": torch.zeros(2, 0, 4)}, r"log_probs has shape \(2, 0, 4\), at least one utterance"),
         ({"targets": torch.ones(3, 2, dtype=torch.int64)}, r"targets must be int64 of shape \(2, U\) on cpu"),
         ({"targets": torch.ones(2, 2, dtype=torch.int32)}, r"targets must be int64 .* got torch.int32"),
         ({"targets": torch.ones(3, dtype=torch.int64)}, "targets must be int64"),

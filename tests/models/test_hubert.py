@@ -339,7 +339,10 @@ def _with_labels(change) -> PretrainBatch:
         (lambda: _with_labels(lambda x: x.__setitem__((0, 3), -1)), "utterance 0: -1 stands before the last label"),
         (lambda: _with_labels(lambda x: x.__setitem__((1, slice(10, None)), -1)), "utterance 1: 10 labels for 15 frames"),
         (lambda: dataclasses.replace(_batch(_tiny(), [6000]), labels=()), "labels holds 0 label sets, the model has 1 heads"),
-        (lambda: dataclasses.replace(_batch(_tiny(), [6000]), labels=(torch.zeros(1, 18),)), "allowed are integers"),
+        (
+            lambda: dataclasses.replace(_batch(_tiny(), [6000]), labels=(torch.zeros(1, 18),)),
+            r"torch.float32, allowed are \(1, L >= 1\) and int64, int32, int16, int8, uint8",
+        ),
         (lambda: dataclasses.replace(_batch(_tiny(), [6000]), labels=(torch.zeros(2, 18, dtype=torch.long),)), r"shape \(2, 18\)"),
         (
             lambda: PretrainBatch(torch.zeros(2, 6000), (torch.zeros(2, 18).long(),), torch.tensor([6000, 399])),

@@ -207,6 +207,20 @@ def test_tokens_that_the_model_does_not_have_are_refused(token: int) -> None:
         make_lm().check_batch(batch_of([1, token]))
 
 
+def test_anything_may_stand_at_padding() -> None:
+    batch = batch_of([1, 2, 3], [4])
+    batch.tokens[1, 1:] = torch.tensor([-1, 77])
+    make_lm().check_batch(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_type_has_states_of_that_type(dtype: torch.dtype) -> None:
+    exact, lm = make_lm(), make_lm().to(dtype)
+    states = [model.advance(model.start(2, CPU), torch.tensor([1, 3])) for model in (exact, lm)]
+    assert states[1].dtype == dtype
+    torch.testing.assert_close(lm.log_probs(states[1]), exact.log_probs(states[0]), rtol=0, atol=1e-5 if dtype == torch.float64 else 0.1)
+
+
 def saved(path: Path, lm: LanguageModel, **changes: Any) -> Path:
     content = {"config": language_model_to_dict(lm.config), "model": lm.state_dict(), "tokenizer_sha256": "abc" * 20}
     torch.save({**content, **changes}, path)

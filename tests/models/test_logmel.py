@@ -55,6 +55,19 @@ def test_a_frame_depends_on_its_neighbourhood_only() -> None:
     torch.testing.assert_close(followed[:30], alone[:30], rtol=0, atol=1e-5)
 
 
+def test_a_mask_at_padding_changes_nothing() -> None:
+    frontend, audio = _frontend(), 0.1 * torch.randn(2, 16000, generator=torch.Generator().manual_seed(0))
+    lens, valid = torch.tensor([16000, 9000]), frontend.num_frames(9000)
+    hidden = torch.zeros(2, frontend.num_frames(16000), dtype=torch.bool)
+    hidden[1, 5:9] = True
+    with torch.no_grad():
+        plain = frontend(audio, lens, hidden)
+        hidden[1, valid:] = True
+        before, frames = hidden.clone(), frontend(audio, lens, hidden)
+    assert torch.equal(frames[0], plain[0]) and torch.equal(frames[1, :valid], plain[1, :valid])
+    assert torch.equal(hidden, before)
+
+
 def test_an_utterance_of_one_frame_still_says_something() -> None:
     frontend = _frontend()
     generator = torch.Generator().manual_seed(0)

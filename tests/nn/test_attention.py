@@ -23,6 +23,12 @@ def test_the_positional_table_agrees_with_the_recorded_one(golden, agreement, fr
     agreement.absolute("rel_pos", table, golden("rel_pos")[f"t{frames}"][0], 1e-6)
 
 
+@pytest.mark.parametrize("dim", [0, 7])
+def test_a_positional_table_of_pairs_has_an_even_width(dim: int) -> None:
+    with pytest.raises(ValueError, match=f"dim is {dim}, an even number >= 2"):
+        relative_positions(5, dim, torch.device("cpu"))
+
+
 def test_weights_agree_with_a_loop_over_heads_and_frames() -> None:
     n, frames, dim, heads, query_dim, pos_dim = 2, 5, 12, 3, 4, 6
     module = AttentionWeights(dim, heads, query_dim, 2, pos_dim, Clock()).eval().double()

@@ -83,6 +83,8 @@ def test_it_acts_on_the_scheduled_fraction_of_training_calls_and_never_in_evalua
 def test_impossible_proportions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"max_positive is 1\.5"):
         Balancer(Clock(), max_positive=1.5)
+    with pytest.raises(ValueError, match=r"x has shape \(4,\), \(\.\.\., frames, channels\)"):
+        balanced_gradient(torch.ones(4), torch.ones(4), Balancer(Clock()).limits())
     with pytest.raises(ValueError, match="probability is 3"):
         Balancer(Clock(), probability=3.0)
 

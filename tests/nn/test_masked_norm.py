@@ -88,6 +88,10 @@ def test_unpadded_batch_equals_group_norm_with_as_many_groups_as_channels(padded
     torch.testing.assert_close(norm(x, mask), reference(x), rtol=0, atol=1e-5)
 
 
+def test_a_single_frame_is_its_own_mean() -> None:
+    assert torch.equal(MaskedTimeNorm(5)(torch.randn(1, 5, 1)), torch.zeros(1, 5, 1))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_statistics_of_half_precision_input_are_taken_in_float32(masked: bool) -> None:
     x = (100 + torch.randn(1, 2, 4000, generator=torch.Generator().manual_seed(3))).bfloat16().requires_grad_()

@@ -185,6 +185,9 @@ def test_a_replay_repeats_the_draws_and_leaves_no_trace(drawn_before: bool, load
         _draws(clock)
         raise KeyError
     assert _same_state(clock.state_dict(), before)
+    with clock.replaying(snapshot):
+        pass
+    assert _same_state(clock.state_dict(), before)
     for _ in range(2):
         with clock.replaying(snapshot):
             again = _draws(clock)
