@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
 
 from k2ssl import distributed
 from k2ssl.atomic_file import atomic_file, save_atomically, writable_folder
+from k2ssl.train.plain_copy import plain_copy
 
 FORMAT = "k2ssl-checkpoint"
 VERSION = 1
@@ -93,8 +93,8 @@ class CheckpointFolder:
         """Write one checkpoint; on rank 0 only.
 
         The caller is held until `content` has been copied to the host's memory, and before that until the checkpoint before this one is
-        on disk. Then the file is written, forced to disk, read back and compared with its checksums, and renamed; only then are older
-        ones removed. "format", "version" and "step" are added.
+        on disk; where that one could not be written, until this one is. Then the file is written, forced to disk, read back and compared
+        with its checksums, and renamed; only then are older ones removed. "format", "version" and "step" are added.
 
         Args:
             step: optimizer steps done.
@@ -109,9 +109,9 @@ class CheckpointFolder:
             ValueError: `content` holds something that could not be loaded with `weights_only=True` (named by its keys), `step` is
                 negative, or a later checkpoint is there: `drop_after` says that it is not wanted any more. (A damaged one, passed over
                 by `latest`, is in nobody's way and is removed when this one is on disk.)
-            Exception: what went wrong while the checkpoint before this one was written; this one is not written then.
+            Exception: what went wrong while this checkpoint was written, after the one before it could not be written either.
         """
-        self.wait()
+        self._join()
         if type(step) is not int or step < 0:
             raise ValueError(f"CheckpointFolder.save: step is {step!r}, allowed is a whole number >= 0")
         added = {"format": FORMAT, "version": VERSION, "step": step}
@@ -121,15 +121,26 @@ class CheckpointFolder:
         if later:
             raise ValueError(f"{self.folder}: step {step} cannot be saved, the folder holds {', '.join(later)} of a later step")
         self._clean_up()
-        path = self.folder / f"step-{step:09d}.pt"
-        snapshot = _plain_copy({**added, **content}, "content", {})
-        if self._background:
+        path = self._path(step)
+        snapshot = plain_copy({**added, **content}, "content")
+        before, self._error = self._error, None
+        if self._background and before is None:
             # not a daemon: a program that ends waits for it
             self._thread = threading.Thread(target=self._write_aside, args=(path, snapshot, score), name=f"checkpoint {step}")
             self._thread.start()
         else:
             self._write(path, snapshot, score)
         return path
+
+    def rate(self, step: int, score: float) -> None:
+        """Give the checkpoint of a step the validation loss that it was saved without; see `save`. On rank 0 only; waits until that is on disk.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._join()
+        self._write_scores(self._path(step), score)
+        self._prune()
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -203,6 +214,9 @@ class CheckpointFolder:
         however often training is interrupted and writes one more."""
         for_good = max(max_steps - 1, 0) // self.keep.keep_every if self.keep.keep_every else 0
         return checkpoint_bytes * (self.keep.keep_last + self.keep.keep_best + for_good + 1)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09d}.pt"
 
     def _later_than(self, step: int) -> list[Path]:
         return [path for path in self.paths() if step_of(path) > step]
@@ -336,31 +350,6 @@ def _is_damaged(path: Path) -> bool:
     except DamagedError:
         return True
     return False
-
-
-def _plain_copy(value: Any, path: str, copies: dict[tuple[Any, ...], Tensor]) -> Any:
-    """A copy in the host's memory that shares nothing with the original. A tensor that occurs twice is copied once.
-
-    `copies`: the tensors copied so far, by where the original lies in memory.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Mapping):
-        for key in value:
-            if type(key) not in (str, int):
-                raise ValueError(f"{path}: has the key {key!r} of type {type(key).__name__}, allowed are str and int")
-        return {key: _plain_copy(item, f"{path}[{key!r}]", copies) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain_copy(item, f"{path}[{number}]", copies) for number, item in enumerate(value))
-    if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_meta and not value.is_quantized:
-        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if place not in copies:
-            copies[place] = value.detach().to("cpu", copy=True)  # of a view only what it shows
-        return copies[place]
-    raise ValueError(
-        f"{path}: is of type {type(value).__name__}; a checkpoint holds mappings, lists and tuples of str, int, float, bool, None and"
-        " plain dense tensors, all of exactly these types"
-    )
 
 
 def _read_back(file: BinaryIO) -> None:

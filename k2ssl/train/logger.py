@@ -58,6 +58,7 @@ class TrainingLog:
         resumed_at: int,
         quiet: bool,
         tensorboard: bool = True,
+        validated: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,6 +70,7 @@ class TrainingLog:
                 does.
             quiet: plain lines even in a terminal.
             tensorboard: whether to write for it; without the package a line says that it is left out.
+            validated: whether the validation of `resumed_at` is done; if not, what is there of it is removed, too.
             stream: where lines and the bar go, standard error by default.
             clock: seconds.
 
@@ -83,7 +85,7 @@ class TrainingLog:
         self._curves: SummaryWriter | None = None
         self._wants_curves = tensorboard
         self._drawn = float("-inf")
-        self._start(resumed_at)
+        self._start(resumed_at, validated)
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
         """Values of the steps since the last call, at the end of `step`.
@@ -142,14 +144,14 @@ class TrainingLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _start(self, step: int) -> None:
+    def _start(self, step: int, validated: bool = True) -> None:
         self._first, self._started = step, self._clock()
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / METRICS
         if path.exists():
-            _remove_later(path, step)
+            _remove_later(path, step, validated)
         self._lines = JsonLines(path)
         if self._wants_curves:
             self._curves = self._open_curves(self._folder / TENSORBOARD, step)
@@ -203,14 +205,15 @@ def _now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _remove_later(path: Path, step: int) -> None:
-    """Leave in the file only whole records up to `step`, and events."""
+def _remove_later(path: Path, step: int, validated: bool) -> None:
+    """Leave in the file only whole records up to `step`, with its validation or without, and events."""
     records, damaged = read_json_lines(path)
     known = [record for record in records if record.get("kind") == "event" or isinstance(record.get("step"), int)]
     damaged += len(records) - len(known)
     if damaged:
         _log.warning("%s: %d damaged lines are removed", path, damaged)
-    kept = [record for record in known if record["kind"] == "event" or record["step"] <= step]
+    end = (step, validated)
+    kept = [record for record in known if record["kind"] == "event" or (record["step"], record["kind"] == "valid") <= end]
     if damaged or len(kept) < len(records):
         with atomic_file(path) as file:
             file.write(b"".join(json.dumps(record).encode() + b"\n" for record in kept))

@@ -35,6 +35,9 @@ def prepare_folder(trainer: Trainer, resumed: bool) -> None:
         has_none = not trainer.checkpoints.paths()
     if step == 0 or distributed.broadcast_object(has_none):
         trainer.save()
+        with distributed.failing_together():  # now, before anything is trained that cannot be kept
+            if trainer.checkpoints is not None:
+                trainer.checkpoints.wait()
 
 
 def handle(trainer: Trainer, verdict: Verdict) -> None:

@@ -39,7 +39,7 @@ from k2ssl.train.sharding import full_state, is_sharded
 from k2ssl.train.state import Progress, checkpoint_content, go_on_reading, load_checkpoint_content, load_local_state, local_state
 from k2ssl.train.stop import StopRequest
 from k2ssl.train.update import Moment, Normalization, Sharding, Update
-from k2ssl.train.validation import validate
+from k2ssl.train.validation import validate, validate_once
 
 _log = logging.getLogger(__name__)
 
@@ -154,10 +154,11 @@ class Trainer:
         self.ledger = Ledger(folder, program, device, distributed.world_size()) if folder is not None else None
         self.log: TrainingLog | None = None
         self.position: dict[str, Any] | None = None  # of the loader, after the last update that was trained on
+        self.stop = StopRequest()
         self.stopping = False  # a signal came
         self.recent: list[Made] = []  # the last two updates, to look into when one of them turns out bad
-        self._meter = Meter(self.progress.step)
-        self._validated, self._saved, self._resumed, self._score = -1, -1, -1, 0.0  # the last steps that were, and the first one's score
+        self.meter = Meter(self.progress.step)
+        self.validated, self.saved, self._resumed = -1, -1, -1  # the last steps that were
 
     def fit(self, loader: Loader, valid_loader: Iterable[Batch] | None = None) -> bool:
         """Train to the end.
@@ -172,12 +173,17 @@ class Trainer:
         total = self.expected_steps or self.config.max_steps
         log_folder = self.folder if distributed.is_main() else None
         self.log = TrainingLog(
-            log_folder, total_steps=total, resumed_at=self.progress.step, quiet=self.quiet, tensorboard=self.config.tensorboard
+            log_folder,
+            total_steps=total,
+            resumed_at=self.progress.step,
+            validated=self.validated == self.progress.step,
+            quiet=self.quiet,
+            tensorboard=self.config.tensorboard,
         )
         status: Status = "failed"
         try:
-            with StopRequest() as stop:
-                self._run(loader, valid_loader, stop)
+            with self.stop:
+                self._run(loader, valid_loader)
                 with distributed.failing_together():  # launchers kill the ranks that remain some seconds after one has ended
                     if self.checkpoints is not None:
                         self.checkpoints.wait()
@@ -206,13 +212,13 @@ class Trainer:
         self.recent = [*self.recent[-1:], Made(progress.step + 1, progress.batch_count, tuple(batches), scale)]
         progress.step += 1
         progress.epoch_updates += 1
-        self._meter.samples += sum(batch.num_samples for batch in batches)
+        self.meter.samples += sum(batch.num_samples for batch in batches)
         self.update_average()
         if self.log is not None:
             self.log.tick(progress.step)
 
     def validate(self, loader: Iterable[Batch]) -> dict[str, float]:
-        """Means over all batches of all ranks; see `k2ssl.train.validation`."""
+        """Means over all batches of all ranks; empty if a signal came meanwhile. See `k2ssl.train.validation`."""
         return validate(self, loader)
 
     def save(self, score: float | None = None) -> None:
@@ -220,10 +226,11 @@ class Trainer:
         self.count_audio()
         if self.folder is None:
             return
-        self._saved = self.progress.step
+        self.saved = self.progress.step
         content = checkpoint_content(self)
-        if self.checkpoints is not None:
-            self.checkpoints.save(self.progress.step, content, score)
+        with distributed.failing_together():
+            if self.checkpoints is not None:
+                self.checkpoints.save(self.progress.step, content, score)
         if self.ledger is not None:
             self.ledger.write()
 
@@ -246,10 +253,10 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         go_on_reading(self, content, loader)
-        self._saved = self._resumed = step = self.progress.step
-        self._meter = Meter(step)
+        self.saved = self._resumed = step = self.progress.step
+        self.meter = Meter(step)
         if distributed.broadcast_object(self.checkpoints is not None and self.checkpoints.has_score(step)):
-            self._validated = step
+            self.validated = step
         return self.plan.changes(content["plan"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,23 +266,25 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back a copy of `state_dict`."""
         load_local_state(self, state)
-        self.recent, self._meter = [], Meter(self.progress.step)
+        self.recent, self.meter = [], Meter(self.progress.step)
 
     # --- the loop ------------------------------------------------------------------------------------------------------------------------
 
-    def _run(self, loader: Loader, valid_loader: Iterable[Batch] | None, stop: StopRequest) -> None:
+    def _run(self, loader: Loader, valid_loader: Iterable[Batch] | None) -> None:
         prepare_folder(self, resumed=self._resumed == self.progress.step)
-        self._meter = Meter(self.progress.step)
+        self.meter = Meter(self.progress.step)
+        if self.progress.step and self._is_time_to_validate():
+            validate_once(self, valid_loader)  # what went before may have ended in it
         while not self._is_over():
             loader.set_epoch(self.progress.epoch)
             before = self.progress.epoch_updates
-            for batches in self._updates(loader, stop):
+            for batches in self._updates(loader):
                 self.train_step(batches)
                 self._after_step(valid_loader)
                 if self._is_over():
                     break
             if self.stopping:
-                if self._saved != self.progress.step:
+                if self.saved != self.progress.step:
                     self.save()
                 return
             if self._is_over():
@@ -285,25 +294,26 @@ class Trainer:
             self.progress.epoch += 1
             self.progress.epoch_updates = 0
         handle(self, replace(self.guard.flush(), action="continue"))  # the last step is told of; there is none left to repeat
-        if valid_loader is not None and self._validated != self.progress.step:
-            self._validate_and_log(valid_loader)
-            self._saved = -1  # the score is missing in it
-        if self._saved != self.progress.step:
-            self.save(self._score if self._validated == self.progress.step else None)
+        if self.saved != self.progress.step:
+            self.save()
+        validate_once(self, valid_loader)
 
     def _is_over(self) -> bool:
         config, progress = self.config, self.progress
         return progress.epoch >= config.max_epochs or 0 < config.max_steps <= progress.step
 
-    def _updates(self, loader: Loader, stop: StopRequest) -> Iterator[list[Batch]]:
+    def _is_time_to_validate(self) -> bool:
+        return self.config.valid_every > 0 and self.progress.step % self.config.valid_every == 0
+
+    def _updates(self, loader: Loader) -> Iterator[list[Batch]]:
         """The micro-batches of one update after the other, as many on every rank as on the one that has fewest."""
         batches = iter(loader)
         while True:
             started = time.monotonic()
             group = list(islice(batches, self.plan.accumulation))
             position = loader.state_dict()
-            count, going_on = distributed.agree(len(group), int(not stop.requested))
-            self._meter.waited += time.monotonic() - started
+            count, going_on = distributed.agree(len(group), int(not self.stop.requested))
+            self.meter.waited += time.monotonic() - started
             self.stopping = not going_on
             if self.stopping or not count:
                 return
@@ -319,12 +329,10 @@ class Trainer:
             handle(self, verdict)
         if verdict.action != "continue":
             return  # rolled back: the step is another one now
-        score, saves = None, step % config.keep.save_every == 0
-        if valid_loader is not None and config.valid_every and step % config.valid_every == 0:
-            score = self._validate_and_log(valid_loader)
-            saves = saves or distributed.broadcast_object(self.checkpoints is not None and self.checkpoints.is_among_best(score))
-        if saves:
-            self.save(score)
+        if step % config.keep.save_every == 0:
+            self.save()  # before a validation, during which launchers may lose patience with a signal unanswered
+        if self._is_time_to_validate():
+            validate_once(self, valid_loader)
 
     def _log_step(self) -> Verdict:
         """Bring the sums of the last steps to the host, and show them."""
@@ -337,7 +345,7 @@ class Trainer:
             "batch_count": self.progress.batch_count,
             "audio_hours": self.progress.audio_seconds / 3600,
             "memory_gib": self.memory.bytes / 2**30,
-            **self._meter.lap(),
+            **self.meter.lap(),
         }
         scale = None if self.update.loss_scale is None else float(self.update.loss_scale.scale)
         if scale is not None:
@@ -348,19 +356,9 @@ class Trainer:
             self.ledger.write()
         return self.guard.check_log(self.progress.step, values.get("perplexity_predicted"), scale)
 
-    def _validate_and_log(self, loader: Iterable[Batch]) -> float:
-        started = time.monotonic()
-        self._validated = self.progress.step
-        values = self.validate(loader)
-        if self.log is not None:
-            self.log.valid(self.progress.step, values)
-        self._meter.started += time.monotonic() - started  # this was no training
-        self._score = values[self.score_by]
-        return self._score
-
     def count_audio(self) -> None:
         """Add the audio of all ranks since the last call to the sums."""
-        meter, steps = self._meter, self.progress.step - self._meter.counted_step
+        meter, steps = self.meter, self.progress.step - self.meter.counted_step
         seconds = float(distributed.all_reduce_sum(torch.tensor(meter.samples, dtype=torch.float64))) / self.sample_rate
         meter.samples, meter.counted_step = 0, self.progress.step
         meter.seconds += seconds
@@ -386,8 +384,8 @@ class Trainer:
 
     def rewound(self, step: int) -> None:
         """Training goes on from an earlier `step`; called by a roll-back."""
-        self.recent = []
-        self._meter = Meter(step)
+        self.recent, self.validated = [], -1  # a later step may have been, which is to come again
+        self.meter = Meter(step)
         self.update.metrics = MetricSums(self.device)
         if self.log is not None:
             self.log.rewind(step)

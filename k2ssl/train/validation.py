@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,34 @@ if TYPE_CHECKING:
     from k2ssl.train.trainer import Trainer
 
 
+def validate_once(trainer: Trainer, loader: Iterable[Batch] | None) -> None:
+    """Validate the trainer's present step and log it, unless that was done or there is nothing to validate with. The step's checkpoint gets
+    the score; where there is none, it is written if the score is among the best. Called by all ranks."""
+    step, started, checkpoints = trainer.progress.step, time.monotonic(), trainer.checkpoints
+    if loader is None or trainer.validated == step:
+        return
+    values = trainer.validate(loader)
+    trainer.meter.started += time.monotonic() - started  # this was no training
+    if not values:
+        trainer.stopping = True  # whoever goes on validates first
+        return
+    trainer.validated, score = step, values[trainer.score_by]
+    if trainer.log is not None:
+        trainer.log.valid(step, values)
+    if trainer.saved == step:
+        with distributed.failing_together():
+            if checkpoints is not None:
+                checkpoints.rate(step, score)
+    elif distributed.broadcast_object(checkpoints is not None and checkpoints.is_among_best(score)):
+        trainer.save(score)
+
+
 @torch.no_grad()
 def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
     """Means over all batches of all ranks, and what the trainer's evaluation adds. Training is not disturbed: its clock is put back.
+
+    Empty where a request to stop came in between: what was summed up is worth nothing then. (Sharded ranks, which compute together, go
+    on to the end.)
 
     Raises:
         ValueError: there is no batch.
@@ -31,7 +57,7 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
     before: Any = clock.state_dict()  # type: ignore[union-attr]
     metrics = MetricSums(trainer.device)
     evaluation = trainer.evaluation() if trainer.evaluation is not None else None
-    count = 0
+    count, stopped = 0, False
     model.eval()
     try:
         with _averaged(trainer):
@@ -44,11 +70,16 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
                     if evaluation is not None:
                         evaluation.add(moved)
                 count += 1
+                if stopped := trainer.stop.requested and net is model:
+                    break
     finally:
         model.train()
         clock.load_state_dict(before)  # type: ignore[union-attr]
-    if not distributed.all_reduce_sum(torch.tensor(count)):
+    counts = distributed.all_reduce_sum(torch.tensor([count, int(stopped)]))
+    if not counts[0]:
         raise ValueError("validation: the loader gave no batch on any rank")
+    if counts[1]:
+        return {}
     values = metrics.reduce()
     return values if evaluation is None else {**values, **evaluation.result()}
 

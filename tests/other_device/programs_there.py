@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map
 
 from k2ssl.bin import cluster_features
 from k2ssl.nn import seeded
-from k2ssl.train import checkpoint, precision
+from k2ssl.train import checkpoint, plain_copy, precision
 
 _choose_device, _choose_precision = cluster_features.choose_device, precision.choose_precision
-_default_generator, _plain_copy, _save = seeded._default_generator, checkpoint._plain_copy, torch.save
+_default_generator, _plain_copy, _save = seeded._default_generator, plain_copy.plain_copy, torch.save
 
 
 def _to_host(value: Any) -> Any:
@@ -30,7 +30,7 @@ def _to_host(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, apart.Apart) else value
 
 
-def _copied(value: Any, path: str, copies: Any) -> Any:
+def _copied(value: Any, path: str, copies: Any = None) -> Any:
     return _to_host(value) if isinstance(value, apart.Apart) else _plain_copy(value, path, copies)
 
 
@@ -42,7 +42,7 @@ def _precision(name: Any, device: torch.device) -> torch.dtype:
 cluster_features.choose_device = lambda name: str(apart.DEVICE) if name in ("cpu", "auto") else _choose_device(name)
 precision.choose_precision = _precision
 seeded._default_generator = lambda device: torch.default_generator if device.type == apart.NAME else _default_generator(device)
-checkpoint._plain_copy = _copied
+checkpoint.plain_copy = plain_copy.plain_copy = _copied
 torch.save = lambda content, *args, **options: _save(tree_map(_to_host, content), *args, **options)
 
 

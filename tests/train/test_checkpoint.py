@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -305,27 +306,63 @@ def test_what_is_written_is_read_back_before_it_gets_its_name(tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
 
 
-def test_an_error_of_the_background_is_logged_at_once_and_raised_once_by_what_comes_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[object]]:
+    """A block in which nothing can be written."""
+
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device", "x.pt")
 
-    folder = CheckpointFolder(tmp_path, ALL)
-    for next_call in (folder.wait, lambda: folder.save(2, {})):
+    @contextmanager
+    def full() -> Iterator[None]:
         with monkeypatch.context() as patch:
             patch.setattr(module, "save_atomically", fail)
-            folder.save(1, {})
-            assert folder.latest() is None  # waits, and does not raise what concerns saving
-        assert "step-000000001.pt was not written: [Errno 28]" in caplog.text
-        caplog.clear()
-        with pytest.raises(OSError, match="No space left"):
-            next_call()
+            yield
+
+    return full
+
+
+def test_an_error_of_the_background_is_logged_at_once_and_raised_once_by_who_waits(
+    tmp_path: Path, full_disk: Callable[[], AbstractContextManager[object]], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = CheckpointFolder(tmp_path, ALL)
+    with full_disk():
+        folder.save(1, {})
+        assert folder.latest() is None  # waits, and does not raise what concerns saving
+    assert "step-000000001.pt was not written: [Errno 28]" in caplog.text
+    with pytest.raises(OSError, match="No space left"):
         folder.wait()
-        assert list(tmp_path.iterdir()) == []
-    assert folder.save(2, {}) == tmp_path / "step-000000002.pt"
     folder.wait()
-    assert steps(tmp_path) == [2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_comes_after_a_checkpoint_that_could_not_be_written_is_tried_at_once(
+    tmp_path: Path, full_disk: Callable[[], AbstractContextManager[object]]
+) -> None:
+    folder = CheckpointFolder(tmp_path, ALL)
+    with full_disk():
+        folder.save(1, {})
+        with pytest.raises(OSError, match="No space left"):
+            folder.save(2, {})
+        folder.save(3, {})
+        assert folder.latest() is None
+    assert folder.save(4, {}) == tmp_path / "step-000000004.pt"  # there is room again, and training goes on
+    assert steps(tmp_path) == [4]
+    folder.wait()
+    folder.save(5, {})
+    folder.wait()
+    assert steps(tmp_path) == [4, 5]
+
+
+def test_a_score_may_come_after_its_checkpoint(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, KeepConfig(keep_last=1, keep_best=1))
+    for step, score in ((1, 3.0), (2, 2.0), (3, 2.5), (4, math.nan)):
+        folder.save(step, {})
+        assert not folder.has_score(step)
+        folder.rate(step, score)
+        assert folder.has_score(step)
+    assert steps(tmp_path) == [2, 4]
+    assert folder.told()[1].endswith("step-000000002.pt (2 in validation)")
 
 
 def test_a_later_save_waits_for_the_one_before(tmp_path: Path, hold_writing: threading.Event) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from k2ssl.optim.build import OptimConfig
-from k2ssl.train.checkpoint import KeepConfig, load_checkpoint
+from k2ssl.train import checkpoint
+from k2ssl.train.checkpoint import KeepConfig, load_checkpoint, step_of
 from k2ssl.train.guard import Guard
 from k2ssl.train.loss_scale import LossScale
 from k2ssl.train.state import load_checkpoint_content
@@ -307,7 +308,7 @@ def test_who_validates_more_often_than_it_saves_has_the_best_all_the_same(
     trainer = toy.make_trainer(tmp_path, config)
     losses = {2: 0.9, 4: 0.5, 6: 0.7, 8: 0.3, 10: 0.4, 11: math.nan}
     monkeypatch.setattr(trainer, "validate", lambda loader: {"loss": losses[trainer.progress.step]})
-    written, save = [], trainer.checkpoints.save
+    written, save, rate = [], trainer.checkpoints.save, trainer.checkpoints.rate
 
     def noted(step: int, content: Any, score: float | None = None) -> Path:
         trainer.checkpoints.wait()
@@ -315,10 +316,106 @@ def test_who_validates_more_often_than_it_saves_has_the_best_all_the_same(
         written.append((step, score))
         return save(step, content, score)
 
+    def rated(step: int, score: float) -> None:
+        written.append((step, score))
+        rate(step, score)
+
     monkeypatch.setattr(trainer.checkpoints, "save", noted)
+    monkeypatch.setattr(trainer.checkpoints, "rate", rated)
     assert trainer.fit(toy.ToyLoader(num_batches=100), [toy.batch(100)])
-    assert [(step, score) for step, score in written[:-1]] == [(0, None), (2, 0.9), (4, 0.5), (5, None), (8, 0.3), (10, 0.4)]
+    assert written[:-2] == [(0, None), (2, 0.9), (4, 0.5), (5, None), (8, 0.3), (10, None), (10, 0.4)]
+    assert written[-2] == (11, None) and written[-1][0] == 11
     assert [path.name for path in trainer.checkpoints.paths()] == ["step-000000008.pt", "step-000000011.pt"]
+
+
+def test_a_signal_during_a_validation_breaks_it_off_behind_the_checkpoint_and_who_goes_on_validates_first(toy: Any, tmp_path: Path) -> None:
+    config = toy.make_config(6, valid_every=2, keep=KeepConfig(save_every=2, keep_last=9))
+    batches = [toy.batch(100), toy.batch(101), toy.batch(102)]
+    assert toy.make_trainer(tmp_path / "whole", config).fit(toy.ToyLoader(), batches)
+    trainer, read = toy.make_trainer(tmp_path / "parts", config), []
+
+    def note() -> None:
+        read.append(trainer.progress.step)
+        if read.count(4) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not trainer.fit(toy.ToyLoader(), _Telling(batches, note))
+    assert read == [2, 2, 2, 4, 4]
+    assert [step_of(path) for path in trainer.checkpoints.paths()] == [0, 2, 4] and not trainer.checkpoints.has_score(4)
+    again, loader = toy.make_trainer(tmp_path / "parts", config), toy.ToyLoader()
+    again.resume(again.checkpoints.latest(), loader)
+    assert again.fit(loader, batches) and again.checkpoints.has_score(4)
+    for kind in ("train", "valid"):
+        assert _losses(tmp_path / "parts", kind) == _losses(tmp_path / "whole", kind)
+
+
+def _losses(folder: Path, kind: str) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("rated", [False, True])
+def test_a_validation_that_is_in_the_log_already_comes_again_only_where_the_checkpoint_has_no_score(
+    toy: Any, tmp_path: Path, rated: bool
+) -> None:
+    config = toy.make_config(4, valid_every=2, keep=KeepConfig(save_every=2))
+    trainer = toy.make_trainer(tmp_path, config)
+    trainer.fit(toy.ToyLoader(), [toy.batch(100)])
+    before = _losses(tmp_path, "valid")
+    if not rated:  # as after a kill between the two
+        (tmp_path / "checkpoints" / "scores.json").unlink()
+    again, loader = toy.make_trainer(tmp_path, config), toy.ToyLoader()
+    again.resume(again.checkpoints.latest(), loader)
+    read: list[int] = []
+    again.fit(loader, _Telling([toy.batch(100)], lambda: read.append(again.progress.step)))
+    assert read == ([] if rated else [4]) and _losses(tmp_path, "valid") == before and [step for step, _ in before] == [2, 4]
+    assert again.checkpoints.has_score(4)
+
+
+class _Telling:
+    """Batches, each of which is told of before it comes."""
+
+    def __init__(self, batches: list[Any], tell: Callable[[], None]) -> None:
+        self.batches, self.tell = batches, tell
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.tell()
+            yield batch
+
+
+def test_steps_that_come_again_after_a_roll_back_are_validated_again(toy: Any, tmp_path: Path) -> None:
+    trainer = toy.make_trainer(tmp_path, toy.make_config(4, valid_every=2, keep=KeepConfig(save_every=2)))
+    trainer.fit(toy.ToyLoader(), [toy.batch(100)])
+    assert trainer.validated == 4
+    trainer.rewound(2)
+    assert trainer.validated < 0
+
+
+def test_a_disk_that_was_full_for_one_checkpoint_costs_no_more_than_that(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = toy.make_trainer(tmp_path, toy.make_config(6, keep=KeepConfig(save_every=2, keep_last=9)))
+    write = checkpoint.save_atomically
+
+    def full(path: Path, *arguments: Any) -> None:
+        if "000002" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save_atomically", full)
+    assert trainer.fit(toy.ToyLoader())
+    assert [step_of(path) for path in trainer.checkpoints.paths()] == [0, 4, 6]
+
+
+def test_nothing_is_trained_where_the_first_checkpoint_cannot_be_written(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, loader = toy.make_trainer(tmp_path, toy.make_config(6)), toy.ToyLoader()
+
+    def full(path: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoint, "save_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.fit(loader)
+    assert not loader.handed_out
 
 
 def test_a_run_whose_last_checkpoint_cannot_be_written_has_failed(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
