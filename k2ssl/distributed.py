@@ -164,6 +164,13 @@ class OtherRankError(RuntimeError):
     """This rank is well, another is not."""
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an exchange failed because of another process, which has most often ended with a message of its own: as gloo and NCCL tell it."""
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """An exception inside the block on one rank ends the block of every rank with one, lest the others wait for it in vain.

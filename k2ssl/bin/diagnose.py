@@ -25,7 +25,7 @@ _PROFILED = (3, 5)  # first and last step of a trace, from 1
 
 
 def diagnose(trainer: Trainer, loader: BatchLoader[Any], what: Diagnosis, output: Path) -> list[str]:
-    """Make five steps on the first data, observed; the run in `output` is left alone.
+    """Make five steps on what comes next, observed; the run in `output` is left alone.
 
     Returns:
         What was found, for people.
@@ -35,6 +35,9 @@ def diagnose(trainer: Trainer, loader: BatchLoader[Any], what: Diagnosis, output
         ValueError: there is too little data.
     """
     batches = list(islice(loader, _STEPS))
+    if not batches and trainer.progress.step:  # the checkpoint was written at the end of an epoch
+        loader.set_epoch(trainer.progress.epoch + 1)
+        batches = list(islice(loader, _STEPS))
     if not batches:
         raise ValueError("diagnose: the training data gives no batch")
     if what != "profile":

@@ -19,6 +19,18 @@ _LOCK = ".lock"
 
 _log = logging.getLogger(__name__)
 
+# Locks that this process holds. A lock is that of the open file, which a forked process would keep open beyond our end.
+_held: set[IO[str]] = set()
+
+
+def _let_go_in_child() -> None:
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
+
 
 @contextmanager
 def alone_in(output: Path) -> Iterator[None]:
@@ -55,7 +67,11 @@ def _locked(path: Path) -> Iterator[None]:
             except OSError:
                 _log.warning("%s: this file system has no locks, so nothing keeps a second process out of it", path.parent)
             if _is_at(path, lock):
-                yield
+                _held.add(lock)
+                try:
+                    yield
+                finally:
+                    _held.discard(lock)
                 return
 
 

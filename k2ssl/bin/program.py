@@ -58,19 +58,30 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
         )
         return 1
     except Exception as error:
-        if not isinstance(error, ValueError | OSError) and type(error).__name__ not in _FOR_PEOPLE and not _lacks_memory(error):
+        text = _for_people(error)
+        if text is None:
             raise
-        print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
+        print(f"{program}{rank}: {text}", file=sys.stderr)
         return 1
     return 0
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _for_people(error: Exception) -> str | None:
+    """What people are told of an error that is no mistake of ours; None if it is one."""
+    if isinstance(error, ValueError | OSError | MemoryError) or type(error).__name__ in _FOR_PEOPLE:
+        return one_line(error)
     if "torch" not in sys.modules:  # then nothing of it has failed
-        return isinstance(error, MemoryError)
+        return None
+    from k2ssl.distributed import is_lost_connection
     from k2ssl.train.memory import is_out_of_memory
 
-    return is_out_of_memory(error)
+    if is_lost_connection(error):
+        return f"another rank does not answer, most likely it has ended, see its message ({one_line(error)})"
+    if str(error).startswith("DataLoader worker"):
+        return (
+            f"{one_line(error)} A process that reads data was ended from outside, as systems do that run out of memory; lower num_workers"
+        )
+    return one_line(error) if is_out_of_memory(error) else None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from k2ssl.train.differences import differences
 from k2ssl.train.trainer import Trainer, TrainerConfig
 
 SETTINGS = "settings.json"
+_MOVABLE = ("optim.lr ", "optim.lr_scales")  # settings of the optimizer that a run can go on with
 _LINEAGE = "lineage"  # beside the settings in a checkpoint: where labels or tokens come from
 
 
@@ -76,6 +77,11 @@ def find_start(
             f"{found}: of a run with other settings: {'; '.join(changes)}. Choose another output folder, or go on with the new settings by "
             "--accept-changes True"
         )
+    if stuck := [text for text in changes if text.startswith("optim.") and not text.startswith(_MOVABLE)]:
+        raise ValueError(
+            f"{found}: {'; '.join(stuck)}; that is part of the optimizer's state, and only its rates (optim.lr, optim.lr_scales) can be "
+            "changed within a run: choose another output folder"
+        )
     return Start(found, changes)
 
 
@@ -89,10 +95,11 @@ def _completed(saved: Mapping[str, Any], kind: type[Any]) -> Mapping[str, Any]:
 
 
 def record_settings(output: Path, job: Any) -> None:
-    """`settings.json`: every setting, defaults written out, in a form that the program reads back."""
+    """`settings.json`: every setting, defaults written out, in a form that the program reads back. That changes were accepted is left out:
+    it was said of those of one start, not of all that may come."""
     writable_folder(output)
     with atomic_file(output / SETTINGS) as file:
-        file.write(dump(job).encode())
+        file.write(dump(replace(job, accept_changes=False)).encode())
 
 
 def check_disk(trainer: Trainer, output: Path, expected_steps: int) -> str:

@@ -102,4 +102,5 @@ def reading_options(config: TrainingData, plan: BatchPlan, sample_rate: int, see
 
 
 def _say_unreadable(cut_id: str, reason: str) -> None:
-    _log.warning("cut %s is left out: %s", cut_id, reason)
+    rank = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
+    _log.error("%scut %s is left out: %s", rank, cut_id, reason)  # an error, since ranks other than 0 tell of nothing less

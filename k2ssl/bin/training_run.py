@@ -144,9 +144,9 @@ def run_training(
             check_fusion(device)
             use_triton(job.triton)
             data = open_data()
-            if distributed.is_main() and not is_trial:
-                # before we look: who trains there now may write a newer checkpoint than we would find
-                held.enter_context(alone_in(output))
+            if distributed.is_main() and not (job.estimate or job.tune):
+                if not is_trial:  # before we look: who trains there now may write a newer checkpoint than we would find
+                    held.enter_context(alone_in(output))
                 start = find_start(output, job.resume, type(job), settings_of(job, data), MAY_CHANGE, job.accept_changes)
                 kind.check_start(start)
         start = distributed.broadcast_object(start)
@@ -165,7 +165,7 @@ def run_training(
         elif job.estimate:
             say(*estimate(run.trainer, run.train_loader, run.expected_steps))
         elif job.diagnose != "no":
-            say(*diagnose(run.trainer, run.train_loader, job.diagnose, output))
+            run.diagnose(start)
         else:
             run.train(start)
 
@@ -248,11 +248,20 @@ class Run:
             self.trainer.plan.text(),
         ]
 
+    def diagnose(self, start: Start) -> None:
+        """Look into the run where it is now; see `k2ssl.bin.diagnose`."""
+        if start.checkpoint is None:
+            say("there is no checkpoint yet: diagnosis of the weights that training begins with")
+        else:
+            self._go_on(start.checkpoint, start.changes)
+        say(*diagnose(self.trainer, self.train_loader, self.job.diagnose, Path(self.job.output)))
+
     def train(self, start: Start) -> None:
         """Try what could fail, then train to the end."""
         trainer, output = self.trainer, Path(self.job.output)
         changes = [] if start.checkpoint is None else self._go_on(start.checkpoint, start.changes)
         with refusing():
+            self._check_validation()
             if distributed.is_main():
                 say(check_disk(trainer, output, self.expected_steps))
         if self.job.preflight.run and (start.checkpoint is None or changes):
@@ -272,12 +281,24 @@ class Run:
             say("nothing was left to do: the run had come to its end before" if trainer.progress.step == before else "")
             say(total(output).text(), *(trainer.checkpoints.told() if trainer.checkpoints is not None else ()))
 
+    def _check_validation(self) -> None:
+        """ValueError where the validation data give no batch, lest that be found when a thousand steps have been trained."""
+        if self.valid_loader is None:
+            return
+        has_one = torch.tensor(int(next(self.valid_loader.requests(), None) is not None))
+        if not distributed.all_reduce_sum(has_one):
+            together = (
+                "" if self.job.trainer.sharding == "none" else f", of which every one of the {distributed.world_size()} ranks needs one"
+            )
+            raise ValueError(f"data.valid_cuts give no batch{together}; see data.min_seconds and max_seconds, or leave them out")
+
     def _go_on(self, checkpoint: Path, changes: tuple[str, ...]) -> list[str]:
         """Go on from a checkpoint, with the settings of now; returns what has changed, which people have been told then."""
         trainer = self.trainer
         rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
         try:
-            found = trainer.resume(checkpoint, _ByCount(self.train_loader) if changes else self.train_loader, checked=True)
+            by_count = changes or self.job.accept_changes  # of what the manifests hold, too
+            found = trainer.resume(checkpoint, _ByCount(self.train_loader) if by_count else self.train_loader, checked=True)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if any(text.startswith("optim.lr") for text in changes):
@@ -289,7 +310,7 @@ class Run:
 
 
 class _ByCount:
-    """The loader of a run whose settings have changed: goes on after as many batches as were read, whatever they hold now."""
+    """The loader of a run whose settings or data have changed: goes on after as many batches as were read, whatever they hold now."""
 
     def __init__(self, loader: BatchLoader[Any]) -> None:
         self.loader = loader

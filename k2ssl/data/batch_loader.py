@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 import torch
@@ -32,7 +33,10 @@ from k2ssl.data.stable_hash import stable_hash
 
 _log = logging.getLogger(__name__)
 
+_MOST_MISSED = 2  # batches in a row of which nothing can be read; more is no damaged file but a disk that is gone
 _MOST_WORKERS = max(1024, 4 * (os.cpu_count() or 1))  # more is a slip of the pen, and would take the machine down
+
+_ANOTHER = "it is another cut set; `start_at` (of training programs: --accept-changes True) goes on after as many batches of it"
 
 OnError = Callable[[str, str], None]
 
@@ -234,16 +238,31 @@ class BatchLoader(Generic[B]):
         self._resume = False
         sampler = self._sampler(self.intake)
         digests: deque[int] = deque()
+        before: B | None = None
+        missed = owed = 0  # batches in a row of which nothing could be read, and those of them that nothing stood in for
         for loaded in self._data_loader(self._remaining(sampler, digests)):
             self._consumed += 1
             self._digest = digests.popleft()
             self._tell(loaded.failures)
             if loaded.batch is not None:
-                yield loaded.batch
-            elif self.sampling.drop_incomplete:  # ranks must not fall out of step
-                what = _first_of(loaded.failures)
-                raise ValueError(f"batch {self._consumed - 1} of epoch {self.epoch}: none of its cuts could be read: {what}")
+                yield from repeat(loaded.batch, 1 + owed)
+                before, missed, owed = loaded.batch, 0, 0
+            elif self.sampling.drop_incomplete:  # ranks must not fall out of step: a neighbour stands in
+                missed += 1
+                self._tell_of_nothing(loaded.failures, missed)
+                if before is None:
+                    owed += 1
+                else:
+                    yield before
+        if owed:
+            raise ValueError(f"epoch {self.epoch}: nothing could be read from batch {self._consumed - owed} on, of {self._consumed}")
         self._say_what_is_missing(sampler)
+
+    def _tell_of_nothing(self, failures: Sequence[tuple[str, str]], missed: int) -> None:
+        what = f"batch {self._consumed - 1} of epoch {self.epoch}: none of its cuts could be read: {_first_of(failures)}"
+        if missed > _MOST_MISSED:
+            raise ValueError(f"{what}; nor could those of the {missed - 1} batches before it")
+        _log.error("%s; a neighbouring batch stands in for it", what)
 
     def _remaining(self, sampler: RoundSampler, digests: deque[int]) -> Iterator[Request]:
         """What to read, from the first batch that has not been consumed on. `digests` receives the sampler's digest with every request."""
@@ -254,9 +273,9 @@ class BatchLoader(Generic[B]):
                     continue
                 if not checked:
                     return
-                raise ValueError(f"loader state: {self._consumed} batches were consumed, this cut set gives {done}; it is another cut set")
+                raise ValueError(f"loader state: {self._consumed} batches were consumed, this cut set gives {done}; {_ANOTHER}")
         if checked and sampler.digest != self._digest:
-            raise ValueError(f"loader state: the first {self._consumed} batches are not those consumed before; it is another cut set")
+            raise ValueError(f"loader state: the first {self._consumed} batches are not those consumed before; {_ANOTHER}")
         while (cuts := next(batches, None)) is not None:
             digests.append(sampler.digest)
             yield Request(self.epoch, tuple(cuts))

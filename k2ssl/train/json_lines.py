@@ -28,7 +28,8 @@ class JsonLines:
             OSError: the file cannot be written to.
         """
         self._sync = sync
-        self._file = open(path, "a+b")  # noqa: SIM115, it stays open
+        # without a buffer, which would try once more to write what did not fit on the disk, when it is closed
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115, it stays open
         if self._file.tell() > 0:
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
@@ -43,8 +44,8 @@ class JsonLines:
         """
         line = json.dumps({key: _known_to_json(value) for key, value in record.items()}, allow_nan=False).encode() + b"\n"
         try:
-            self._file.write(line)
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
             if self._sync:
                 os.fsync(self._file.fileno())
         except OSError as error:

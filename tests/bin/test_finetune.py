@@ -24,7 +24,7 @@ from k2ssl.bin.finetune_data import OpenedTranscripts
 from k2ssl.bin.pretrain_remarks import asr_settings_without_effect
 from k2ssl.bin.word_errors import WordErrors
 from k2ssl.config import load
-from k2ssl.data.cuts import read_cuts
+from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.data.loader import asr_loader
 from k2ssl.data.tokenizer import LetterTokenizer, NormalizationConfig, load_tokenizer, tokenizer_from_dict
 from k2ssl.decode.hypotheses import Hypothesis
@@ -328,6 +328,21 @@ def test_words_are_counted_against_the_normalised_transcript() -> None:
 def refusal(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
     assert finetune.main(command) == 2
     return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_goes_on_with_another_manifest_of_the_same_name_where_changes_are_accepted(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts, manifest = list(read_cuts(words.cuts("train"))), tmp_path / "cuts.jsonl.gz"
+    command = words.command(tmp_path / "run", "--data.cuts", str(manifest), "--data.valid-cuts", "--trainer.max-steps")
+    write_cuts(cuts, manifest)
+    assert finetune.main([*command, "1"]) == 0
+    write_cuts(cuts[3:], manifest)
+    assert finetune.main([*command, "2"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "it is another cut set" in said and "--accept-changes True" in said
+    assert finetune.main([*command, "2", "--accept-changes", "True"]) == 0
+    assert [line["step"] for line in lines(tmp_path / "run", "train")] == [1, 2]
 
 
 def test_transcripts_with_unknown_symbols_are_refused_by_name_or_marked(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,23 @@ def test_a_second_process_is_refused_until_the_first_is_gone_even_when_it_was_ki
     first.communicate()
     with alone_in(output):
         pass
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_hold_the_folder(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with alone_in(tmp_path / "run"):
+        child = os.fork()
+        if not child:
+            os.write(writing, b"!")
+            signal.pause()
+        os.read(reading, 1)
+        (tmp_path / "run/file").touch()
+    try:
+        with alone_in(tmp_path / "run"), pytest.raises(ValueError, match="another process works"), alone_in(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_one_after_the_other_is_fine(tmp_path: Path) -> None:

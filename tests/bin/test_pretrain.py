@@ -270,6 +270,22 @@ def test_a_diagnosis_observes_a_few_steps(
         assert len(written) == 1 and "trace" in written[0]
 
 
+def test_a_diagnosis_looks_at_the_run_where_it_is(sounds: Any, tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints").glob("*.pt"):
+        content = load_checkpoint(path)
+        content["model"]["heads.0.projection.weight"][0, 0] = float("nan")
+        torch.save(content, path)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    command = sounds.command(tmp_path / "run", *sounds.VALIDATED, "--trainer.max-steps", str(STEPS), "--diagnose", "inf-check")
+    assert pretrain.main([*command, "--data.num-workers", "0"]) == 1
+    told = capsys.readouterr()
+    assert "heads.0" in told.err.splitlines()[-1] and "step-000000012.pt at step 12" in told.out
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert pretrain.main([*command, "--resume", str(tmp_path / "none.pt")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
 def test_an_inf_check_names_the_module(
     sounds: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

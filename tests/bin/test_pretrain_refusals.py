@@ -155,7 +155,27 @@ def test_an_output_folder_of_another_run_is_refused_unless_asked(
     records = [json.loads(text) for text in (output / "metrics.jsonl").read_text().splitlines()]
     rates = {record["step"]: record["lr"] for record in records if record["kind"] == "train"}
     assert rates[1] == pytest.approx(0.045 / 5, rel=0.01) and rates[2] == pytest.approx(0.02 * 2 / 5, rel=0.01)
-    assert json.loads((output / "settings.json").read_text())["optim"]["lr"] == 0.02
+    settings = json.loads((output / "settings.json").read_text())
+    assert settings["optim"]["lr"] == 0.02 and settings["accept_changes"] is False  # it was said of these changes
+    again = [str(output / "settings.json"), "--optim.lr", "0.01", "--trainer.max-steps", "3"]
+    assert "optim.lr is 0.02 there, 0.01 here" in refused(again)
+
+
+@pytest.mark.parametrize("change", [("--optim.clipping-scale", "5"), ("--optim.name", "adamw")])
+def test_what_is_part_of_the_optimizers_state_cannot_change_within_a_run(
+    sounds: Any, refused: Refused, finished: Path, tmp_path: Path, change: tuple[str, str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    line = refused(sounds.command(tmp_path / "run", *ONE_STEP, "--trainer.max-steps", "2", "--accept-changes", "True", *change))
+    assert f"{change[0].strip('-').replace('-', '_')} is " in line and "only its rates (optim.lr, optim.lr_scales) can be changed" in line
+    assert contents(tmp_path / "run") == before
+
+
+def test_validation_data_that_give_no_batch_are_refused_before_training(sounds: Any, refused: Refused, tmp_path: Path) -> None:
+    limits = ("--data.min-seconds", "1.4", "--data.max-seconds", "1.5")  # which no cut of the validation data reaches
+    line = refused(sounds.command(tmp_path / "run", *sounds.VALIDATED, *ONE_STEP, *limits))
+    assert "data.valid_cuts give no batch; see data.min_seconds" in line and not (tmp_path / "run").exists()
 
 
 def test_a_setting_that_an_older_checkpoint_lacks_counts_as_its_default(

@@ -58,6 +58,16 @@ class LibsndfileError(RuntimeError):
             1,
             "job: the package sound.file is not installed; python -m k2ssl.bin.doctor",
         ),
+        (
+            RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:17"),
+            1,
+            "job: another rank does not answer, most likely it has ended, see its message ([../gloo/transport/tcp/pair.cc:547] Connection",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 389) is killed by signal: Killed. "),
+            1,
+            "job: DataLoader worker (pid 389) is killed by signal: Killed. A process that reads data was ended from outside",
+        ),
         (ConfigError("cuts: unknown key"), 2, "job: cuts: unknown key\n"),
         (KeyboardInterrupt(), 130, "job: interrupted; the same command goes on, or begins again where nothing was kept\n"),
     ],
@@ -76,7 +86,7 @@ def test_wrong_settings_have_status_2_before_the_job_begins(capsys: pytest.Captu
 
 
 def test_a_mistake_of_ours_keeps_its_traceback() -> None:
-    for error in (KeyError("x"), ModuleNotFoundError("No module", name="k2ssl.nothing")):
+    for error in (KeyError("x"), RuntimeError("shapes differ"), ModuleNotFoundError("No module", name="k2ssl.nothing")):
         with pytest.raises(type(error)):
             run(failing(error), "--number", "3")
 

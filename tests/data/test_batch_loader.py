@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from lhotse import CutSet, Recording
+from lhotse.cut import Cut
+from lhotse.utils import fastcopy
 
 from k2ssl.data.audio import AudioError
 from k2ssl.data.audio_dataset import Request
@@ -133,7 +135,7 @@ def test_a_state_of_another_cut_set_is_refused(corpus: SmallCorpus, other_cuts: 
     state = loader.state_dict()
     resumed = corpus.loader(cuts=other_cuts)
     resumed.load_state_dict({**state, "batches": 3})
-    with pytest.raises(ValueError, match="are not those consumed before; it is another cut set"):
+    with pytest.raises(ValueError, match=r"are not those consumed before; it is another cut set; .*--accept-changes True"):
         list(resumed)
     resumed.load_state_dict({**state, "batches": 1000})
     with pytest.raises(ValueError, match="1000 batches were consumed, this cut set gives"):
@@ -217,6 +219,43 @@ def test_a_request_of_which_nothing_can_be_read_is_refused(corpus: SmallCorpus) 
         with pytest.raises(AudioError, match="cut gone"):
             audio_loader(mixed, max_duration=99.0).read(request)
     assert told == ["gone", "gone"]
+
+
+def _with_gone(cuts: list[Cut], gone: set[str]) -> list[Cut]:
+    """The cuts, the audio of some of which is not there."""
+    nowhere = [{"type": "file", "channels": [0], "source": "/no.wav"}]
+    return [
+        fastcopy(cut, recording=Recording.from_dict({**cut.recording.to_dict(), "sources": nowhere})) if cut.id in gone else cut
+        for cut in cuts
+    ]
+
+
+@pytest.mark.parametrize("which", [[0], [3], [2, 3], [0, 1, 5]])
+def test_a_neighbour_stands_in_for_a_batch_of_which_nothing_can_be_read(
+    corpus: SmallCorpus, which: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[str] = []
+    straight = list(corpus.loader(epoch=1))
+    gone = {name for number in which for name in straight[number].ids}
+    loader = corpus.loader(cuts=CutSet(_with_gone(list(corpus.cuts()), gone)), epoch=1, on_error=lambda name, _: told.append(name))
+    batches = list(loader)
+    stands_in = {0: 2 if 1 in which else 1, 1: 2, 2: 1, 3: 1 if 2 in which else 2, 5: 4}
+    expected = [straight[stands_in[number] if number in which else number] for number in range(len(straight))]
+    assert corpus.equal(batches, expected) and set(told) == gone
+    assert caplog.text.count("none of its cuts could be read: cut ") == len(which) and "stands in for it" in caplog.text
+    assert loader.state_dict()["batches"] == len(straight)
+
+
+def test_an_epoch_of_which_no_three_batches_in_a_row_can_be_read_ends(corpus: SmallCorpus) -> None:
+    straight = list(corpus.loader(epoch=1))
+    gone = {name for batch in straight[3:6] for name in batch.ids}
+    loader = corpus.loader(cuts=CutSet(_with_gone(list(corpus.cuts()), gone)), epoch=1, on_error=lambda *_: None)
+    with pytest.raises(ValueError, match=r"batch 5 of epoch 1: none of its cuts .*; nor could those of the 2 batches before it"):
+        list(loader)
+    few = [cut for cut in corpus.cuts() if cut.id in straight[0].ids]
+    loader = corpus.loader(cuts=CutSet(_with_gone(few, {cut.id for cut in few})), on_error=lambda *_: None)
+    with pytest.raises(ValueError, match=r"epoch 0: nothing could be read from batch 0 on, of \d"):
+        list(loader)
 
 
 def test_collecting_garbage_is_paused_and_taken_up_again(corpus: SmallCorpus) -> None:
