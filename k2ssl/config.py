@@ -143,31 +143,55 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any], hints: Mapping[str, 
 
 def _parse(cls: type, options: list[str], settings: Mapping[str, Any], program: str, description: str) -> dict[str, Any]:
     """The options that were given, as nested plain values."""
+    usage = f"usage: {program} [SETTINGS.toml ...] [OPTIONS], where the options override what the files say"
     parsed = tyro.cli(
         _options(cls, settings, cls.__name__),
         args=options,
         prog=program or None,
-        description=f"{description}\n\nusage: {program} [SETTINGS.toml ...] [OPTIONS], where the options override what the files say",
+        description="\n\n".join([description, usage, *_only_in_files(cls, "")]),
         config=(tyro.conf.FlagConversionOff,),
     )
     return _without_empty(parsed)
 
 
-def _options(hint: Any, settings: Any, name: str) -> Any:
-    """A TypedDict of the options that exist below a table; keys not given on the command line stay out of the result."""
-    docs = {key: text for option in reversed(_dataclasses_in(hint)) for key, text in _attribute_docs(option).items()}
+def _options(hint: Any, settings: Any, name: str, path: str = "") -> Any:
+    """A TypedDict of the options that exist below a table; keys not given on the command line stay out of the result.
+
+    Its text is the heading of the options in --help, and tells of the keys that a file alone can give. `path` is the table's own.
+    """
+    docs = _docs_of(hint)
     settings = settings if isinstance(settings, Mapping) else {}
     entries: dict[str, Any] = {}
     for key, field_hint in _fields_of(hint).items():
         if _dataclasses_in(field_hint):
-            entries[key] = _options(field_hint, settings.get(key), key)
+            entries[key] = _options(field_hint, settings.get(key), key, f"{path}{key}.")
         elif not _holds_tables(field_hint):
             value = f"(default: {_shown(settings[key])})" if key in settings else _no_default(hint, key)
             text = docs.get(key) or ("which of these settings" if key == _KIND else "")
             entries[key] = Annotated[field_hint, tyro.conf.arg(help=text or None, help_behavior_hint=value)]
     table = TypedDict(name, entries, total=False)  # type: ignore[misc]
-    table.__doc__ = " ".join(_summary(option) for option in _dataclasses_in(hint))
+    table.__doc__ = " ".join([_told_by_kind({option: _summary(option) for option in _dataclasses_in(hint)}), *_only_in_files(hint, path)])
     return table
+
+
+def _only_in_files(hint: Any, path: str) -> list[str]:
+    docs = _docs_of(hint)
+    keys = [key for key, field_hint in _fields_of(hint).items() if not _dataclasses_in(field_hint) and _holds_tables(field_hint)]
+    return [f"A settings file alone gives [{path}{key}]: {docs.get(key, '')}" for key in keys]
+
+
+def _docs_of(hint: Any) -> dict[str, str]:
+    """What docstrings say of each field of a dataclass, or of several, where a field may be another thing in each."""
+    docs = {option: _attribute_docs(option) for option in _dataclasses_in(hint)}
+    names = dict.fromkeys(key for texts in docs.values() for key in texts)
+    return {key: _told_by_kind({option: texts[key] for option, texts in docs.items() if key in texts}) for key in names}
+
+
+def _told_by_kind(texts: Mapping[type, str]) -> str:
+    """One text where all kinds of a table have the same, else each with the name of its kind."""
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return " ".join(f"{_kind(option)}: {text}" for option, text in texts.items())
 
 
 def _holds_tables(hint: Any) -> bool:
@@ -203,7 +227,12 @@ def _summary(cls: type) -> str:
 
 
 def _attribute_docs(cls: type) -> dict[str, str]:
-    """What the section "Attributes:" of a docstring says of each field; `a, b: text` speaks of both."""
+    """What the sections "Attributes:" of a class and of those it inherits from say of each field, the class itself before all others."""
+    return {key: text for base in reversed(cls.__mro__) for key, text in _own_attribute_docs(base).items()}
+
+
+def _own_attribute_docs(cls: type) -> dict[str, str]:
+    """Of one docstring; `a, b: text` speaks of both."""
     section = re.search(r"^Attributes:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE)
     docs: dict[str, str] = {}
     names: list[str] = []

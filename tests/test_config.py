@@ -33,6 +33,7 @@ class DeepConfig:
 
     Attributes:
         layer: which one, from 1.
+        dim: width in words.
     """
 
     layer: int
@@ -55,13 +56,26 @@ class ClassesConfig:
 
 
 @dataclass(frozen=True)
-class Job:
+class Shared:
+    """What jobs have in common.
+
+    Attributes:
+        overwrite: replace what is there.
+        quiet: say less.
+    """
+
+    quiet: bool = field(default=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Job(Shared):
     """A job.
 
     Attributes:
         cuts: cut lists to read.
         seconds: of a window.
         overwrite: replace output.
+        weights: name = number.
     """
 
     cuts: tuple[str, ...]
@@ -178,6 +192,11 @@ def test_help_shows_every_option_with_its_text_and_its_default(tmp_path: Path, c
         "--features.kind {flat,deep} which of these settings (default: flat)",
         "frames per second, in Hz. (default: 50.0)",
         "--features.layer INT which one, from 1. (deep)",
+        "flat: width in channels; frames per second, in Hz. deep: width in words. (default: 39)",
+        "flat: Frames as they come. deep: Frames of a layer.",
+        "A settings file alone gives [weights]: name = number.",
+        "--quiet {True,False} say less. (default: False)",
+        "--overwrite {True,False} replace output. (default: False)",
         "--classes.num-classes INT of the labels. (default: 7)",
     ):
         assert part in text, text
