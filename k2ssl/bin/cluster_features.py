@@ -38,7 +38,7 @@ class HiddenConfig:
         layer: number of the layer, from 1, as in the HuBERT paper.
         stack: number of the Zipformer stack, from 1, instead of a layer.
         window_seconds: longer recordings are encoded in windows of this length, s.
-        overlap_seconds: of neighbouring windows, s; half of it is discarded on either side.
+        overlap_seconds: by so much neighbouring windows overlap, s; half of it is discarded on either side.
     """
 
     checkpoint: str

@@ -39,9 +39,9 @@ class LatticeOptions:
         max_active: states kept at a frame; none: 10,000.
         max_states: for fast-beam: pairs of last tokens and a state of the graph, kept at a frame; none: 64.
         max_contexts: for fast-beam: different last tokens kept at a frame; none: 8.
-        drop_words: leave out n-grams with words that the lexicon lacks, instead of refusing them; none: False.
+        drop_words: leave out n-grams of lm with words that the lexicon lacks, instead of refusing them; none: False.
         rescore_lm: a larger ARPA file over words, whose scores take the place of lm's behind the search.
-        rescore_paths: best paths that it scores; 0: the whole lattice; none: 100.
+        rescore_paths: best paths that rescore_lm scores; 0: the whole lattice; none: 100.
     """
 
     search_beam: float | None = None

@@ -71,7 +71,7 @@ class SearchConfig(decode_lattice.LatticeOptions):
         nbest: how many hypotheses are written per utterance, with their scores; none: only the best.
         lm: language model over the tokenizer's tokens, an ARPA file or a checkpoint of k2ssl.bin.train_lm; for both searches of flashlight
             an ARPA or binary file of KenLM, for ctc-lexicon over words.
-        lm_scale: weight of its natural logarithms; none: 0.3, for the searches of flashlight 1.
+        lm_scale: weight of the language model's natural logarithms; none: 0.3, for the searches of flashlight 1.
         lm_final: whether the probability that the sentence ends counts; none: it does for ctc-prefix-beam, not for modified-beam. The
             searches of flashlight always count it.
         max_symbols_per_frame: how many tokens a frame may emit; none: 1.
@@ -83,7 +83,7 @@ class SearchConfig(decode_lattice.LatticeOptions):
         beam_tokens: the most probable tokens of a frame that may be added; none: all.
         beam_threshold: hypotheses that are worse than the best by more nats are dropped; none: 50.
         context: file with words or phrases that score higher, one a line.
-        context_score: what each of their tokens gets, nats; none: 2.
+        context_score: what each token of a word or phrase of context gets, nats; none: 2.
     """
 
     beam: int | None = None

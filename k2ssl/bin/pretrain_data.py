@@ -33,7 +33,7 @@ class PretrainData(TrainingData):
     Attributes:
         labels: folders of labels, one for each manifest; with several label sets first all folders of the first set, then all of the
             second, and so on.
-        valid_labels: those of the validation data, as for `labels`.
+        valid_labels: folders of labels of the validation data, ordered like `labels`.
         min_seconds: shorter utterances are left out, s.
         max_seconds: utterances are cropped to this length at random, s; all of a batch to the shortest among them.
         crop_step: lengths of crops are max_seconds less a multiple of this, s, so that batches have few lengths and kernels that are chosen

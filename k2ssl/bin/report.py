@@ -44,7 +44,7 @@ class MakeReport:
         experiments: folders to look through; may also be named before all options.
         output: folder for the report.
         baseline: names of systems, as the tables have them, that all others are compared with, one after the other.
-        title: of the report.
+        title: what the report is headed with.
         references: TOML file with rows of the literature, shown apart and marked; docs/results.md says what it holds.
         cards: complete card.json in the folders of the runs; False only reads there.
         overwrite: replace the report that is in OUTPUT already.

@@ -53,7 +53,7 @@ class TrainNgram:
         tokenizer: file of the tokenizer whose tokens take the place of words; none: words. All its tokens get a probability.
         normalization: what is done to the text first; a tokenizer has its own.
         check_text: text files whose perplexity is printed; without any, that of the text itself.
-        check_cuts: the same for manifests.
+        check_cuts: manifests of transcripts whose perplexity is printed, too (.jsonl.gz).
         overwrite: replace OUTPUT if it exists.
     """
 

@@ -53,7 +53,7 @@ class Transcribe:
         search: its options.
         weights: raw, as the last optimizer step left them, or average, the mean over all steps that a training checkpoint holds.
         window_seconds: longer recordings are recognised in windows of this length, s.
-        overlap_seconds: of neighbouring windows, s.
+        overlap_seconds: by so much neighbouring windows overlap, s.
         batch_windows: windows of a recording that are recognised at a time.
         precision: number format of the encoder; auto is bfloat16 on GPUs that have it.
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.

@@ -32,7 +32,7 @@ class PreflightConfig:
     """What is tried before training: whole steps with the worst batches of the epoch.
 
     Attributes:
-        run: whether to.
+        run: whether to try them.
         batches: so many batches from the beginning of the epoch are searched for the worst, by their durations alone.
         memory_limit_gib: memory that a step may take, GiB; 0: what the GPU, or the machine, has.
     """

@@ -62,8 +62,8 @@ class TuneLm(RecognitionJob):
         search: its other options, such as the language model.
         strategy: grid, every combination of the values; random, values drawn evenly between the least and the most that are given.
         lm_scales: weights of the language model to try; for random the least and the most; none: that of search.
-        token_scores: what is added for every token, likewise.
-        word_scores: what is added for every word, likewise.
+        token_scores: what is added for every token to try, nats; for random the least and the most; none: that of search.
+        word_scores: what is added for every word to try, nats; for random the least and the most; none: that of search.
         num_trials: of random: how many combinations are drawn; none: 30.
         seed: of random: of the drawing; of the same seed the first combinations are the same however many are drawn.
     """

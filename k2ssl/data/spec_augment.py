@@ -22,9 +22,9 @@ class SpecAugmentConfig:
 
     Attributes:
         band_masks: groups of neighbouring bands hidden in every utterance; 0: none.
-        band_width: each has fewer bands than this.
+        band_width: each of these groups has fewer bands than this.
         time_masks: stretches of time hidden in every utterance, at most; 0: none.
-        time_width: each is shorter than this, s.
+        time_width: each of these stretches is shorter than this, s.
         time_share: most of an utterance that all its stretches of time hide together.
     """
 

@@ -56,15 +56,17 @@ class FeatureFunction(Protocol):
 
 @dataclass(frozen=True)
 class MfccConfig:
-    """Settings of `MfccFeatures`; the defaults are those of HuBERT's first iteration (arXiv 2106.07447, section IV-B).
+    """Cepstra with their slopes; the defaults are those of HuBERT's first iteration (arXiv 2106.07447, section IV-B).
 
     Attributes:
-        sample_rate: Hz.
+        sample_rate: of the audio, Hz.
         num_ceps: cepstral coefficients, C0 among them.
-        num_bins: mel bands.
-        low_freq, high_freq: band limits in Hz; a high limit that is not positive is relative to half the sample rate.
+        num_bins: number of mel bands.
+        low_freq: lower edge of the lowest band, Hz.
+        high_freq: upper edge of the highest band, Hz; 0 is half the sample rate, and a negative number so much below it.
         lifter: strength of the cepstral liftering, 0 for none.
-        frame_length_ms, frame_shift_ms: milliseconds.
+        frame_length_ms: length of a frame, ms.
+        frame_shift_ms: from one frame to the next, ms.
         delta_window: frames that a slope is fitted to, odd.
     """
 

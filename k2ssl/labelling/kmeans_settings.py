@@ -20,16 +20,16 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class KMeansConfig:
-    """Settings of `fit_kmeans`.
+    """How many centres, and how they are found.
 
     Attributes:
-        num_clusters: K.
+        num_clusters: number of centres, and so of classes.
         batch_frames: frames of a mini-batch, over all ranks.
         max_batches: mini-batches after which the centres are taken as they are.
         max_no_improvement: mini-batches without a new lowest smoothed inertia after which fitting ends earlier.
         smoothing_batches: the inertia is smoothed exponentially with weight 2 / (1 + this) for the newest mini-batch.
-        reservoir_frames, held_out_frames: so many frames together are sampled. As many as the second says, but at most a fifth of them,
-            are those that restarts are scored on; centres start from the others.
+        reservoir_frames: frames of the sample that centres start from; `held_out_frames` are sampled besides.
+        held_out_frames: frames of the sample that restarts are scored on, at most a fifth of all that are sampled.
         sample_batches: mini-batches of epoch 0 that the sample is drawn from, at most; 0 for the whole epoch. The program `fit_kmeans`
             deals the whole corpus by hash into parts of at most about this size, of which every epoch reads one.
         num_restarts: k-means++ initialisations, of which the best is taken.
@@ -37,7 +37,7 @@ class KMeansConfig:
         reassign_every: mini-batches between looks for dead clusters; 0 never looks.
         reassign_ratio: a cluster is dead if it got fewer frames since the last look than this share of the mean cluster.
         checkpoint_every: mini-batches between checkpoints.
-        seed: of all draws.
+        seed: of the sample, the restarts and the order of the data.
     """
 
     num_clusters: int = 100

@@ -26,7 +26,7 @@ __all__ = ["Frontend", "FrontendConfig", "LogMelConfig", "LogMelFrontend", "Wave
 
 @dataclass(frozen=True)
 class WaveformConfig:
-    """The defaults are the published Base size: 4.2 M parameters, 400 samples per frame, 320 samples between frames.
+    """Convolutions over samples; the defaults are the published Base size: 4.2 M parameters, 400 samples per frame, 320 between frames.
 
     Attributes:
         channels: of every convolution, and of the frames.
@@ -39,8 +39,8 @@ class WaveformConfig:
             already. With "layer" a model that normalises is right for raw audio and for whole utterances that a data set has normalised
             before (the second time changes an utterance of variance v by the fraction 5e-6 / v: 0.05 % at an rms of 0.1). For crops
             out of normalised utterances it replaces the utterance's statistics by the crop's; set False to keep the former.
-        gradient_scale: see `Frontend`; the published Base recipes use 0.1, Large 1.
-        sample_rate: Hz.
+        gradient_scale: factor on the gradient that enters the frontend; 0 freezes it. The published Base recipes use 0.1, Large 1.
+        sample_rate: of the audio, Hz.
 
     Raises:
         ValueError: a value out of range.

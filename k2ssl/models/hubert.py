@@ -35,7 +35,8 @@ class HubertConfig:
         masking, head: see there.
         label_rate: labels per second of each label set, Hz; empty: all at the frontend's frame rate.
         input_dropout: rate on the projected frames.
-        masked_weight, unmasked_weight: weights of the loss over hidden and over visible frames.
+        masked_weight: weight of the loss over hidden frames.
+        unmasked_weight: weight of the loss over visible frames.
         feature_penalty: weight of the mean square of the frontend's output.
     """
 

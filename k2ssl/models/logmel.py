@@ -26,7 +26,7 @@ _TIME_STRIDE = 2
 
 @dataclass(frozen=True)
 class LogMelConfig:
-    """The defaults see 25 ms every 10 ms, like the waveform frontend give 50 frames per second, and have 1.5 M parameters.
+    """Log-mel features and convolutions; the defaults see 25 ms every 10 ms, give 50 frames per second and have 1.5 M parameters.
 
     The features are brought to a convenient range by fixed numbers, `(log energy - mel_mean) / mel_std`. Statistics of the utterance
     would make a frame depend on everything around it (a second of digital silence after a second of noise moves the noise's features by
@@ -34,12 +34,18 @@ class LogMelConfig:
     [-1, 1]: mean and deviation are -6.6 and 3.9 on audiobooks, -7.9 and 3.8 on office recordings; digital silence is -15.9.
 
     Attributes:
-        num_bins, sample_rate, frame_length_ms, frame_shift_ms, low_freq, high_freq: see `LogMel`.
-        mel_mean, mel_std: subtracted from and dividing the log energies.
-        channels: of the three convolutions.
+        num_bins: number of mel bands.
+        sample_rate: of the audio, Hz.
+        frame_length_ms: length of the window that a feature is computed from, ms; a whole number of samples.
+        frame_shift_ms: from one feature to the next, ms; a whole number of samples. A frame takes two.
+        low_freq: lower edge of the lowest band, Hz.
+        high_freq: upper edge of the highest band, Hz; 0 is half the sample rate, and a negative number so much below it.
+        mel_mean: subtracted from the log energies, nats.
+        mel_std: the log energies are divided by it then, nats.
+        channels: of each of the three convolutions.
         expansion: hidden width of the residual block, in multiples of the last convolution's channels.
         output_dim: channels of the frames.
-        gradient_scale: see `Frontend`.
+        gradient_scale: factor on the gradient that enters the frontend; 0 freezes it.
 
     Raises:
         ValueError: a value out of range.

@@ -22,7 +22,9 @@ class MaskingConfig:
         probability: spans times their length over the number of frames; as spans overlap, 0.8 hides about 57 % of the frames.
         length: frames per span.
         min_spans: spans drawn in any utterance, however short.
-        channel_probability, channel_length: the same for channels that are set to 0 at all frames of an utterance; 0 turns it off.
+        channel_probability: spans of channels, set to 0 at all frames of an utterance, times their length over the number of channels;
+            0: no channels are hidden.
+        channel_length: channels per such span.
         equal_counts: hide as many frames, and as many channels, in all utterances of a batch, as published: what goes beyond the one with
             fewest is shown again, at random. That is little where lengths are equal, as in pre-training; where they differ it leaves
             single frames of the spans. False: every utterance keeps its own spans.

@@ -32,8 +32,8 @@ class TransducerConfig:
         joiner_dim: width in which encoder and predictor are added.
         prune_range: symbol positions that the joint network computes per frame, at least 2. Utterances of more than prune_range - 1
             tokens a frame are left out and counted.
-        lm_scale, am_scale: smoothing of the simple loss, see `simple_loss`. With am_scale not 0 the loss of an utterance depends on
-            what it is batched with.
+        lm_scale: share of the predictor alone in the log-probabilities of the simple loss, which finds what the pruned one computes.
+        am_scale: share in them of the encoder alone. If it is not 0 the loss of an utterance depends on what it is batched with.
 
     Raises:
         ValueError: a value out of range.

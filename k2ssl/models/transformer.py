@@ -21,10 +21,10 @@ from k2ssl.structure import check_types
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Size and regularisation of `TransformerEncoder`; the defaults are HuBERT Base.
+    """Size and regularisation of HuBERT's Transformer; the defaults are HuBERT Base.
 
     Attributes:
-        num_layers: Transformer layers.
+        num_layers: layers of the encoder.
         dim: width of the encoder, its input and its output.
         feedforward_dim: hidden width of the feed-forward modules.
         num_heads: attention heads, a divisor of `dim`.
@@ -34,7 +34,7 @@ class TransformerConfig:
         activation_dropout: rate inside feed-forward modules.
         layer_drop: probability to skip a layer in a training step, at most 1.
         conv_pos_kernel: width in frames of the positional convolution.
-        conv_pos_groups: its groups, a divisor of `dim`.
+        conv_pos_groups: groups of the positional convolution, a divisor of `dim`.
 
     Raises:
         ValueError: a field outside its range.

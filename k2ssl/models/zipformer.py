@@ -40,7 +40,9 @@ class ZipformerConfig:
         unmasked_dim: how many of the leading channels the training-time feature mask never touches.
         num_heads: attention heads of each stack.
         kernel: odd taps of the depthwise convolutions of each stack.
-        query_head_dim, pos_head_dim, value_head_dim: widths per head.
+        query_head_dim: width of queries and keys per head.
+        pos_head_dim: width per head of what attends by relative position.
+        value_head_dim: width of values per head.
         pos_dim: width of the relative-position table, even.
         dropout: initial and final rate inside feed-forwards, reached at batch count 20,000.
         warmup: batch count until which whole layers are skipped often, staggered from the first stack to the last.

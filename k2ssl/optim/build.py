@@ -38,16 +38,22 @@ class OptimConfig:
     """Which optimizer, with what options.
 
     Attributes:
-        name: "scaled_adam" or "adamw".
+        name: which optimizer; each refuses the options that only the other one has.
         lr: base learning rate; ScaledAdam's is relative to each tensor's size.
-        betas, eps: decay of the two moments; added to the root of the second.
-        lr_scales: prefix of parameter names (a module, such as "encoder.layers.0", or one parameter; a dot may follow) -> factor on its
+        betas: decay of the momentum and of the second moment, per step.
+        eps: added to the root of the second moment.
+        lr_scales: prefix of parameter names (a module, such as "encoder.layers.0", or one parameter; a dot may follow) = factor on its
             rate. Factors of nested prefixes multiply. Each resulting rate is a group of its own, and ScaledAdam clips each group on its own.
         clipping_scale: ScaledAdam clips gradients at this many times the running median norm; 0 never clips.
-        clipping_update_period, scalar_lr_scale, param_min_rms, param_max_rms, scalar_max, size_update_period: see `ScaledAdam`.
+        clipping_update_period: steps from one renewal of ScaledAdam's clipping threshold to the next; the median is of as many norms.
+        scalar_lr_scale: ScaledAdam's factor on the rate of parameters of one element, and of the sizes of all others.
+        param_min_rms: a tensor of a smaller root mean square takes ScaledAdam's steps as if it had this one.
+        param_max_rms: root mean square beyond which ScaledAdam lets no tensor's learnt size grow.
+        scalar_max: ScaledAdam keeps parameters of one element within plus and minus this.
+        size_update_period: steps from one update of the tensors' sizes by ScaledAdam to the next.
         weight_decay: AdamW's, for parameters with more than one axis; biases, norms' weights and scalars do not decay.
         max_grad_norm: AdamW's gradients are scaled down to this norm over all parameters; 0 never clips. Gradients whose norm is not
-            finite are left as they are; see `build_optimizer` for who drops them.
+            finite are left as they are; the training loop drops their step.
 
     Raises:
         ValueError: a value out of range, or an option that only the other optimizer has.
@@ -97,15 +103,19 @@ class ScheduleConfig:
     """Which learning-rate schedule, with what options. The defaults are those published for pre-training.
 
     Attributes:
-        name: "eden", "eden2", "tri_stage" or "polynomial".
-        lr_batches, lr_epochs: Eden's and Eden2's scales, in batches and epochs.
+        name: which schedule; each refuses the options that it does not have.
+        lr_batches: batches after which the rate begins to fall: well beyond, as 1 / root of the batches (eden), 1 / batches (eden2).
+        lr_epochs: epochs after which it begins to fall besides: well beyond, as 1 / root of the epochs (eden).
         warmup_batches: length of the warm-up, in batches (tri_stage: unless `max_batches` is given).
         warmup_start: factor on the rate at batch 0 (eden, eden2).
         max_batches: length of training, in batches (polynomial; tri_stage: shared out by `phase_ratio`, or 0 to state lengths).
         phase_ratio: shares of warm-up, hold and decay (tri_stage).
-        hold_batches, decay_batches: lengths of those stages where `max_batches` is 0 (tri_stage).
-        init_scale, final_scale: factors on the rate at batch 0 and at the end (tri_stage).
-        power, end_scale: exponent of the decay and factor on the rate at its end (polynomial).
+        hold_batches: length of the stage of constant rate, in batches, where `max_batches` is 0 (tri_stage).
+        decay_batches: length of the stage of falling rate, in batches, where `max_batches` is 0 (tri_stage).
+        init_scale: factor on the rate at batch 0 (tri_stage).
+        final_scale: factor on the rate from the end of the decay on (tri_stage).
+        power: exponent of the decay; 1 is a straight line (polynomial).
+        end_scale: factor on the rate from the end of the decay on (polynomial).
 
     Raises:
         ValueError: a value out of range, an option that the schedule does not have, or a tri_stage whose decay has no length.

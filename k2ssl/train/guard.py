@@ -35,7 +35,7 @@ class GuardConfig:
         lr_factor: factor on the learning rate at every roll-back.
         min_scale: float16 loss scale below which training rolls back; 0: never.
         min_perplexity_share: the perplexity of the predicted codes, as a share of its best so far, below which training rolls back (once
-            that best was 4 or more, see `Guard.check_log`); 0: never.
+            that best was 4 or more); 0: never.
 
     Raises:
         ValueError: a value out of range.
