@@ -10,6 +10,7 @@ from k2ssl.models.ctc_head import CtcConfig
 from k2ssl.models.frontend import WaveformConfig
 from k2ssl.models.transducer_head import TransducerConfig
 from k2ssl.models.transformer import TransformerConfig
+from k2ssl.optim.build import ScheduleConfig
 
 if TYPE_CHECKING:
     from k2ssl.bin.finetune import Finetune
@@ -83,6 +84,21 @@ def without_effect_anywhere(job: Pretrain | Finetune) -> Iterator[str]:
         yield from _none(_changed(job.preflight, "preflight", "batches", "memory_limit_gib"), "with preflight.run False")
     if not model.masking.channel_probability:
         yield from _none(_changed(model.masking, "model.masking", "channel_length"), "with model.masking.channel_probability 0")
+
+
+def ending_in_warm_up(schedule: ScheduleConfig, steps: int) -> Iterator[str]:
+    """Of any training job: whether it ends while its rate still rises.
+
+    Args:
+        schedule: of the learning rate.
+        steps: updates of the whole run; 0: not known.
+    """
+    has_warm_up = schedule.name != "tri_stage" or not schedule.max_batches
+    if has_warm_up and 0 < steps <= schedule.warmup_batches:
+        yield (
+            f"schedule.warmup_batches is {schedule.warmup_batches:g}, and the run has {steps:,} updates: it ends before the learning rate is "
+            "what optim.lr says; give fewer warmup_batches, or more updates"
+        )
 
 
 def _changed(config: Any, path: str, *names: str) -> list[str]:

@@ -14,6 +14,7 @@ from k2ssl.config import dump
 from k2ssl.structure import from_dict, to_dict
 from k2ssl.train.checkpoint import CheckpointFolder, check_records, open_checkpoint
 from k2ssl.train.differences import differences
+from k2ssl.train.ledger import total
 from k2ssl.train.trainer import Trainer, TrainerConfig
 
 SETTINGS = "settings.json"
@@ -126,6 +127,18 @@ def check_disk(trainer: Trainer, output: Path, expected_steps: int) -> str:
         )
     unknown = ", and those of trainer.keep.keep_every" if trainer.config.keep.keep_every and not expected_steps else ""
     return f"checkpoints of {_size(one)} each, at most {_size(most)} in all{unknown}; {_size(free)} are free"
+
+
+def told_at_end(trainer: Trainer, output: Path, before: int) -> list[str]:
+    """What a run that has come to its end says: what it cost, and its last and best checkpoint; for rank 0.
+
+    Args:
+        trainer: has trained.
+        output: folder of the run.
+        before: step at which this start of the run began.
+    """
+    idle = ["nothing was left to do: the run had come to its end before"] if trainer.progress.step == before else []
+    return [*idle, total(output).text(), *(trainer.checkpoints.told() if trainer.checkpoints is not None else ())]
 
 
 def checkpoint_bytes(trainer: Trainer) -> int:

@@ -2,9 +2,9 @@
 
     python -m k2ssl.bin.train_lm --text corpus.txt more.txt.gz --tokenizer tokenizer.pt --check-cuts cuts_dev.jsonl.gz --output exp/lm
     python -m k2ssl.bin.decode step-000010000.pt --cuts cuts_test.jsonl.gz --method modified-beam \\
-        --search.lm exp/lm/checkpoints/step-000008000.pt --output exp/test
+        --search.lm LM_CHECKPOINT --output exp/test
 
-Runs in one process. OUTPUT is as for k2ssl.bin.finetune; every checkpoint holds the model's size and the tokenizer's hash. The best
+LM_CHECKPOINT is the file that the first program names at its end. Runs in one process. OUTPUT is as for k2ssl.bin.finetune; every checkpoint holds the model's size and the tokenizer's hash. The best
 checkpoints are those with the lowest loss of the text to check, in nats per token, whose exponential is the perplexity. The same command goes
 on where it was interrupted, exactly. Exit status: 0 done; 1 the run failed or diverged; 2 refused before training; 130 interrupted, with a
 checkpoint written. See docs/language_models.md.
@@ -12,6 +12,7 @@ checkpoint written. See docs/language_models.md.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -27,9 +28,10 @@ from k2ssl import distributed
 from k2ssl.bin.cluster_cuts import check_device, check_files, check_seed
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.folder_lock import alone_in
+from k2ssl.bin.pretrain_remarks import ending_in_warm_up
 from k2ssl.bin.program import run_program
 from k2ssl.bin.refusal import refusing, say
-from k2ssl.bin.run_folder import Start, check_disk, find_start, record_settings
+from k2ssl.bin.run_folder import Start, check_disk, find_start, record_settings, told_at_end
 from k2ssl.bin.sentences import Sentences
 from k2ssl.config import ConfigError
 from k2ssl.data.text_batches import TextLoader, TokenizedText
@@ -38,10 +40,11 @@ from k2ssl.models.language_model import LanguageModel, LanguageModelConfig, lang
 from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, build_schedule
 from k2ssl.structure import to_dict
 from k2ssl.train.checkpoint import KeepConfig
-from k2ssl.train.ledger import total
 from k2ssl.train.plan import BatchConfig
 from k2ssl.train.precision import Precision
 from k2ssl.train.trainer import Trainer, TrainerConfig
+
+_log = logging.getLogger(__name__)
 
 # What may be changed between two starts of one run; of files it is their content that counts, which `lineage` has.
 _MAY_CHANGE = (
@@ -192,6 +195,8 @@ def train(job: TrainLm) -> None:
             start = _find_start(output, settings)
         say(*text.description)
         trainer = build_trainer(job, text, device, settings)
+        for remark in ending_in_warm_up(job.schedule, trainer.expected_steps):
+            _log.warning("warning: %s", remark)
         if start.checkpoint is not None:
             with refusing():
                 trainer.resume(start.checkpoint, text.loader, checked=True)
@@ -199,12 +204,13 @@ def train(job: TrainLm) -> None:
         with refusing():
             say(check_disk(trainer, output, trainer.expected_steps))
         record_settings(output, job)
+        before = trainer.progress.step
         if not trainer.fit(text.loader, text.valid_loader):
             raise KeyboardInterrupt
         if text.valid_loader is not None:
             values = trainer.validate(text.valid_loader)
             say(f"perplexity of the text to check: {math.exp(values['loss']):.2f} over {values['num_targets']:,.0f} tokens and ends")
-        say(total(output).text())
+        say(*told_at_end(trainer, output, before))
 
 
 def _find_start(output: Path, settings: Mapping[str, Any]) -> Start:

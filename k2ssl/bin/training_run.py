@@ -19,8 +19,9 @@ from k2ssl.bin.cluster_cuts import check_seed
 from k2ssl.bin.cluster_features import choose_device
 from k2ssl.bin.diagnose import Diagnosis, diagnose
 from k2ssl.bin.folder_lock import alone_in
+from k2ssl.bin.pretrain_remarks import ending_in_warm_up
 from k2ssl.bin.refusal import refusing, say
-from k2ssl.bin.run_folder import Start, check_disk, find_start, record_settings
+from k2ssl.bin.run_folder import Start, check_disk, find_start, record_settings, told_at_end
 from k2ssl.bin.trials import PreflightConfig, estimate, run_preflight, tune_micro_batch
 from k2ssl.config import ConfigError
 from k2ssl.models.frontend import WaveformFrontend
@@ -31,7 +32,6 @@ from k2ssl.nn.kernels import use_triton
 from k2ssl.optim.build import OptimConfig, ScheduleConfig, build_optimizer, build_schedule
 from k2ssl.report.card import begin_card, finish_card
 from k2ssl.structure import to_dict
-from k2ssl.train.ledger import total
 from k2ssl.train.plan import BatchPlan
 from k2ssl.train.trainer import Trainer, TrainerConfig
 from k2ssl.train.update import parallelise
@@ -160,6 +160,8 @@ def run_training(
                 say(*kind.initialise(job, model))
         run = kind(job, data, model, device, folder=None if is_trial else output)
         say(*run.description())
+        for text in ending_in_warm_up(job.schedule, run.expected_steps):
+            _log.warning("warning: %s", text)
         if job.tune:
             say(*tune_micro_batch(job, lambda trial: kind(trial, data, build(trial, device), device, folder=None), device))
         elif job.estimate:
@@ -278,8 +280,7 @@ class Run:
             raise KeyboardInterrupt
         if distributed.is_main():
             finish_card(output)
-            say("nothing was left to do: the run had come to its end before" if trainer.progress.step == before else "")
-            say(total(output).text(), *(trainer.checkpoints.told() if trainer.checkpoints is not None else ()))
+            say(*told_at_end(trainer, output, before))
 
     def _check_validation(self) -> None:
         """ValueError where the validation data give no batch, lest that be found when a thousand steps have been trained."""

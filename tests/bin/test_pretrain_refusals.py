@@ -16,12 +16,13 @@ import torch
 
 from k2ssl.bin import pretrain, training_run
 from k2ssl.bin.folder_lock import alone_in
-from k2ssl.bin.pretrain_remarks import settings_without_effect
+from k2ssl.bin.pretrain_remarks import ending_in_warm_up, settings_without_effect
 from k2ssl.bin.program import run_program
 from k2ssl.config import load
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.models.load import load_model
 from k2ssl.nn.fusion import use_fusion
+from k2ssl.optim.build import ScheduleConfig
 from k2ssl.train.checkpoint import load_checkpoint
 from k2ssl.train.recovery import DivergedError
 from k2ssl.train.trainer import Trainer
@@ -393,3 +394,24 @@ def test_a_start_reads_a_checkpoint_once(sounds: Any, finished: Path, tmp_path: 
         mapped.clear()
         assert pretrain.main(command) == 0
         assert len(compared) == 1 and mapped and all(mapped)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "ends"),
+    [
+        (ScheduleConfig(warmup_batches=10.0), 10, True),
+        (ScheduleConfig(warmup_batches=10.0), 11, False),
+        (ScheduleConfig(warmup_batches=10.0), 0, False),
+        (ScheduleConfig("eden2", warmup_batches=0.0), 1, False),
+        (ScheduleConfig("tri_stage", decay_batches=5.0), 10, True),
+        (ScheduleConfig("tri_stage", max_batches=100.0), 10, False),
+    ],
+)
+def test_a_run_that_ends_in_its_warm_up_is_known(schedule: ScheduleConfig, steps: int, ends: bool) -> None:
+    assert len(list(ending_in_warm_up(schedule, steps))) == ends
+
+
+def test_a_run_that_ends_in_its_warm_up_is_warned_of(sounds: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    command = sounds.command(tmp_path / "run", "--trainer.max-steps", "1", "--schedule.warmup-batches", "3")
+    assert pretrain.main(command) == 0
+    assert "warning: schedule.warmup_batches is 3, and the run has 1 updates" in caplog.text

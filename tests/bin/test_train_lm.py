@@ -99,6 +99,28 @@ def test_a_checkpoint_says_its_size_and_its_tokenizer(corpus: Path) -> None:
     assert again == 0 and all(torch.equal(value, content["model"][name]) for name, value in weights.items())
 
 
+def test_the_end_names_the_last_checkpoint_and_the_best(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--max-steps", 4) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"last checkpoint: {newest()}"
+    assert run("--max-steps", 4, "--check-text", "check.txt", output="checked") == 0
+    last, best = capsys.readouterr().out.splitlines()[-2:]
+    assert last == f"last checkpoint: {newest('checked')}" and best.startswith(f"best checkpoint: {newest('checked')} (")
+    assert run("--max-steps", 4) == 0
+    assert "nothing was left to do: the run had come to its end before" in capsys.readouterr().out
+
+
+def test_a_run_that_ends_while_its_rate_still_rises_is_warned_of(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run("--max-steps", 5) == 0
+    said = "schedule.warmup_batches is 5, and the run has 5 updates: it ends before the learning rate is what optim.lr says"
+    assert said in caplog.text
+    caplog.clear()
+    assert run("--max-steps", 6) == 0
+    assert "warmup_batches" not in caplog.text
+    few = ["--max-epochs", 1, "--tokens-per-update", 16384, "--schedule.warmup-batches", 500]
+    assert run(*few, output="other") == 0
+    assert "schedule.warmup_batches is 500, and the run has 1 updates" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
