@@ -14,6 +14,9 @@ from torch import Tensor
 
 # Formats whose length is known to the sample and in which libsndfile seeks cheaply; everything else is read by lhotse.
 _SEEKABLE = (".flac", ".wav")
+# libsndfile 1.2 of a file named .mp3 in which there is no MPEG audio, such as a text; of one with any other name it says the second
+_SAID_OF_TEXT = "File does not exist or is not a regular file (possibly a pipe?)."
+_SAID_OF_OTHERS = "Format not recognised."
 _EPS = 1e-5  # added to the variance, as the published models do
 
 
@@ -155,8 +158,24 @@ def _check_finite(cut_id: str, samples: np.ndarray) -> None:
         raise AudioError(cut_id, "holds samples that are not finite numbers")
 
 
-def why_unreadable(error: Exception) -> str:
-    """One line of what a library said about a file; of lhotse's list of all that it tried, the first, which is libsndfile's."""
+def why_unreadable(error: Exception, path: str | None = None) -> str:
+    """One line of what a library said about a file; of lhotse's list of all that it tried, the first, which is libsndfile's.
+
+    Where `path` is given the line does not name it, and the file is looked at: libsndfile says little of one that is absent or empty.
+    """
+    if path is not None and (plain := _why_not_opened(path)):
+        return plain
     lines = str(error).strip().splitlines()
     tried = next((line for line in lines if line.startswith("Exception #0 ")), "").rpartition(">: ")[2]
-    return tried or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    said = tried or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    said = said.replace(_SAID_OF_TEXT, _SAID_OF_OTHERS)
+    return said if path is None else said.rpartition(f"Error opening {path!r}: ")[2]
+
+
+def _why_not_opened(path: str) -> str:
+    """What is wrong with a file that has not a single byte to give, else nothing."""
+    try:
+        with open(path, "rb") as file:
+            return "" if file.read(1) else "empty file (0 bytes)"
+    except OSError as error:
+        return error.strerror or str(error)

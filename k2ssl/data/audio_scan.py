@@ -20,6 +20,7 @@ from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio.backend import audio_backend
 from lhotse.utils import add_durations
 
+from k2ssl.data.audio import why_unreadable
 from k2ssl.data.cut_summary import SummaryCounter
 from k2ssl.data.cuts import cut_line
 
@@ -135,8 +136,10 @@ def scan(items: Iterable[AudioItem | Unreadable], settings: ScanSettings) -> tup
                 continue
             try:
                 lines += [cut_line(cut) for cut in _cuts_of(item, settings, report)]
-            except (ValueError, OSError, soundfile.SoundFileError) as error:
-                report.unreadable.append(Unreadable(item.path, _reason(item.path, error)))
+            except ValueError as error:  # ours
+                report.unreadable.append(Unreadable(item.path, str(error)))
+            except (OSError, soundfile.SoundFileError) as error:
+                report.unreadable.append(Unreadable(item.path, why_unreadable(error, item.path)))
     return lines, report
 
 
@@ -260,17 +263,3 @@ def _is_kept(cut: MonoCut, settings: ScanSettings, report: ScanReport) -> bool:
         return False
     report.counter.add(cut)
     return True
-
-
-def _reason(path: str, error: Exception) -> str:
-    """Why a file cannot be used, in words; what libsndfile says of a missing or empty file says little."""
-    if isinstance(error, soundfile.SoundFileError | OSError):
-        try:
-            with open(path, "rb") as file:
-                if not file.read(1):
-                    return "empty file (0 bytes)"
-        except OSError as plain:
-            return plain.strerror or str(plain)
-    if isinstance(error, soundfile.LibsndfileError):
-        return str(error.error_string)
-    return str(error)

@@ -281,6 +281,15 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_done(
     assert json.loads((tmp_path / "one.jsonl").read_text())["text"] == reader.texts()[0]
 
 
+def test_a_text_named_like_an_mp3_is_said_to_be_no_audio_and_not_to_be_absent(
+    reader: Any, run: Callable[..., str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "text.mp3").write_text("this is not audio, whatever its name says" * 10)
+    run(tmp_path / "text.mp3", reader.audio(0), status=1)
+    (error,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert error.endswith("text.mp3': Format not recognised.)")
+
+
 def test_silence_and_too_little_audio_give_an_empty_text(run: Callable[..., str], tmp_path: Path) -> None:
     soundfile.write(tmp_path / "short.wav", np.zeros(100), 16000)
     assert run(tmp_path / "short.wav") == "\n"

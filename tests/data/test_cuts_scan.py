@@ -113,14 +113,18 @@ def test_text_is_stripped_and_nothing_else(tmp_path: Path, text: str | None, sto
         assert beside == cut
 
 
+NO_AUDIO = b"this is not audio, whatever its name says" * 10
+
+
 def test_what_is_no_audio_gets_a_reason_in_words(tmp_path: Path) -> None:
-    for name, content in (("empty.wav", b""), ("text.flac", b"this is not audio, whatever its name says" * 10)):
+    for name, content in (("empty.wav", b""), ("text.flac", NO_AUDIO), ("text.mp3", NO_AUDIO)):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder.wav").mkdir()
     soundfile.write(tmp_path / "none.wav", noise(0), 16000)
     wanted = {
         "empty.wav": "empty file (0 bytes)",
         "text.flac": "Format not recognised",
+        "text.mp3": "Format not recognised.",
         "absent.wav": "No such file or directory",
         "folder.wav": "Is a directory",
         "none.wav": "has no samples",
