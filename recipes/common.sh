@@ -46,7 +46,7 @@ log() {
 # Carry a command out, its output also into the stage's log; with --dry-run, print it instead. On the first machine only.
 run() {
     if [ "$node_rank" -gt 0 ]; then
-        log "left to the first machine: $*"
+        log "left to the first machine: $(_quoted "$@")"
     else
         _run "$@" || return $? # so that it is the line of run.sh that fails
     fi
@@ -83,7 +83,7 @@ _interrupted=false
 
 _run() {
     if $dry_run; then
-        printf '%q ' "$@"
+        _quoted "$@"
         echo
         return
     fi
@@ -91,7 +91,7 @@ _run() {
         _interrupted=true
         return 130
     fi
-    log "$@"
+    log "$(_quoted "$@")"
     local _out _err _tees=() _status
     if [ -n "$log_file" ]; then
         exec {_out}> >(_tee) && _tees+=("$!")
@@ -116,6 +116,9 @@ _run() {
     return $_status # the caller's `set -e` then acts
 }
 
+# A command as it can be copied into a shell.
+_quoted() { printf '%q ' "$@"; }
+
 # Whether launch/task.sh, where it started this recipe, was told to stop.
 _told_to_stop() { [ -n "${K2SSL_STOPPED:-}" ] && [ -e "$K2SSL_STOPPED" ]; }
 
@@ -139,7 +142,7 @@ trap 'log "${BASH_SOURCE[0]##*/}: stopped at line $LINENO, exit status $?"' ERR
 
 _stage='' _title='' _began=0 _start_time=''
 _used_extra=false
-_ran_a_stage=true # until options are parsed: --help runs none
+_ran_a_stage=true # until options are parsed
 
 # Whether a stage is asked for; ends the one before, and says so if it is.
 in_stages() {
@@ -231,7 +234,7 @@ _command_of_stage() {
         *) _words+=("${_arguments[_i]}") ;;
         esac
     done
-    printf '%q ' "$recipe_script" --stage "$1" --stop-stage "$1" ${_words[@]+"${_words[@]}"}
+    _quoted "$recipe_script" --stage "$1" --stop-stage "$1" ${_words[@]+"${_words[@]}"}
 }
 
 # --- options
@@ -244,7 +247,7 @@ parse_options() {
     _arguments=("$@")
     while [ $# -gt 0 ]; do
         case $1 in
-        --help | -h) _help && exit 0 ;;
+        --help | -h) _help && trap - EXIT && exit 0 ;;
         --dry-run) dry_run=true && shift && continue ;;
         --) shift && extra=("$@") && break ;;
         --*) _name=${1#--} ;;
@@ -311,6 +314,27 @@ need_lists() {
     local _name
     for _name in "$@"; do
         [ -n "${!_name}" ] || refuse "--${_name//_/-} is empty, one is needed at least"
+    done
+}
+
+# read_folders NAME: the array `folders` of an option that names several with commas between them; refuses one with a comma in its own path.
+read_folders() {
+    local _first _last _joined
+    IFS=, read -r -a folders <<<"${!1}"
+    _are_folders ${folders[@]+"${folders[@]}"} || for ((_first = 0; _first < ${#folders[@]}; _first++)); do
+        _joined=${folders[_first]}
+        for ((_last = _first + 1; _last < ${#folders[@]}; _last++)); do
+            _joined+=,${folders[_last]}
+            [ ! -d "$_joined" ] ||
+                refuse "--${1//_/-} is ${!1}: there is a folder $_joined, but a comma separates folders here; rename it, or name a link without a comma"
+        done
+    done
+}
+
+_are_folders() {
+    local _folder
+    for _folder in "$@"; do
+        [ -d "$_folder" ] || return 1
     done
 }
 

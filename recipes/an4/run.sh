@@ -38,9 +38,11 @@ for part in pretrain finetune; do
 done
 need_environment
 
+[[ $corpus_dir != *,* ]] || refuse "--corpus-dir is $corpus_dir, and a comma separates folders of audio; rename it, or name a link without a comma"
+read_folders audio_dir
+folders=("$corpus_dir/flac/an4_clstk" ${folders[@]+"${folders[@]}"})
 unlabelled=$corpus_dir/flac/an4_clstk${audio_dir:+,$audio_dir}
 pretrain_cuts=() pretrain_labels=()
-IFS=, read -r -a folders <<<"$unlabelled"
 for folder in "${folders[@]}"; do
     split=$(basename "$(realpath -ms -- "$folder")")
     pretrain_cuts+=("$out/mfcc/cuts/cuts_$split.jsonl.gz") pretrain_labels+=("$out/mfcc/labels/$split")

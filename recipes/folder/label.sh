@@ -5,7 +5,7 @@
 #   bash recipes/folder/label.sh --audio-dir recordings --out exp/layer6 --features layer6 --checkpoint model.pt \
 #       --num-clusters 500 --previous exp/mfcc100/labels
 #
-# --audio-dir takes several folders, separated by commas; each becomes a split named like the folder, with labels of its own, and the
+# --audio-dir takes several folders, separated by commas (a path cannot have one in it); each becomes a split named like the folder, with labels of its own, and the
 # centres are learned from all of them. --cuts takes manifests that are there already instead, cuts_SPLIT.jsonl.gz, and stage 1 does nothing.
 # A stage whose result is there is skipped, an interrupted one goes on where it was. The results are OUT/cuts/cuts_SPLIT.jsonl.gz (of
 # folders), OUT/kmeans.pt and OUT/labels/SPLIT, with quality.json and quality.png in it.
@@ -32,7 +32,7 @@ need_whole_numbers num_clusters max_batches num_workers num_processes seed
 recipe=$(dirname "$recipe_script")
 [ -n "$audio_dir$cuts" ] || refuse "--audio-dir is missing (or --cuts)"
 [ -z "$audio_dir" ] || [ -z "$cuts" ] || refuse "--audio-dir and --cuts are both given, one of them is needed"
-IFS=, read -r -a folders <<<"$audio_dir"
+read_folders audio_dir
 IFS=, read -r -a manifests <<<"$cuts"
 splits=()
 for folder in "${folders[@]}"; do

@@ -108,6 +108,7 @@ def test_systems_with_few_transcripts_have_names_of_their_own_and_see_no_others(
         (["--corpus-dir", "x", "--finetune-steps", "many"], "--finetune-steps is many, a whole number"),
         (["--corpus-dir", "x", "--transcribed-minutes", "2.5"], "--transcribed-minutes is 2.5, a whole number"),
         (["--corpus-dir", "x", "--steps", "4"], "unknown option --steps"),
+        (["--corpus-dir", "x,y"], "--corpus-dir is x,y, and a comma separates folders of audio"),
         (["--corpus-dir", "x", "--searches", "beam"], "--searches is beam; allowed: greedy all"),
     ],
 )

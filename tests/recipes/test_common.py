@@ -127,6 +127,23 @@ def test_ends_of_stages_and_of_the_whole_are_told_and_a_failure_names_the_log(ma
     assert "failed after" in (made.out / "logs" / "stage-12.log").read_text()
 
 
+def test_a_command_can_be_copied_from_the_log_as_from_a_dry_run(tmp_path: Path) -> None:
+    made = Made(tmp_path, 'if in_stages 1 "first"; then run ls "$out" "it\'s; $(printf "two\\nlines")"; fi\n')
+    shown = made.run("--dry-run").stdout.splitlines()
+    made.run()
+    logged = re.findall(r"^[0-9-]+ [0-9:]+ (ls .*)$", (made.out / "logs" / "stage-01.log").read_text(), re.MULTILINE)
+    assert logged == shown
+    words = subprocess.run(["bash", "-c", f"printf '%s|' {logged[0]}"], capture_output=True, text=True, check=True).stdout
+    assert words == f"ls|{made.out}|it's; two\nlines|"
+    other = made.run("--nnodes", "2", "--stage", "1", "--stop-stage", "1", MASTER_ADDR="host", MASTER_PORT="1", NODE_RANK="1")
+    assert f"left to the first machine: {shown[0]}\n" in other.stderr
+
+
+def test_help_says_nothing_of_an_end(made: Made) -> None:
+    done = made.run("--help")
+    assert done.returncode == 0 and "--stop-stage VALUE" in done.stdout and done.stderr == ""
+
+
 def test_a_dry_run_writes_nothing(made: Made) -> None:
     done = made.run("--dry-run")
     assert done.returncode == 0 and "sh -c " in done.stdout and "done in" not in done.stderr

@@ -97,6 +97,22 @@ def test_wrong_options_are_refused_before_anything_runs(options: list[str], mess
     assert message in done.stderr and not done.stdout
 
 
+@pytest.mark.parametrize("given", ["a,b", "x/a,b,c", "other,deep,er/a"])
+def test_a_folder_with_a_comma_in_its_path_is_refused_and_named(tmp_path: Path, given: str) -> None:
+    made = {"a,b": "a,b", "x/a,b,c": "b,c", "other,deep,er/a": "deep,er/a"}[given]
+    (tmp_path / made).mkdir(parents=True)
+    done = label("--audio-dir", given, "--out", "exp", "--dry-run", folder=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    assert f"--audio-dir is {given}: there is a folder {made}, but a comma separates folders here; rename it" in done.stderr
+
+
+def test_folders_that_are_there_are_taken_although_another_has_both_names(tmp_path: Path) -> None:
+    for name in ("a", "b", "a,b"):
+        (tmp_path / name).mkdir()
+    done = label("--audio-dir", "a,b", "--out", "exp", "--dry-run", folder=tmp_path)
+    assert done.returncode == 0 and "--split a " in done.stdout and "--split b " in done.stdout
+
+
 @pytest.mark.parametrize(("given", "split"), [(".", "here"), ("./", "here"), ("..", "there"), ("../here/", "here"), ("link", "link")])
 def test_a_split_has_the_name_of_its_folder_however_that_is_given(tmp_path: Path, given: str, split: str) -> None:
     folder = tmp_path / "there" / "here"
