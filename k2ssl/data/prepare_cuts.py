@@ -92,6 +92,7 @@ def prepare_folder(
         num_jobs=num_jobs,
         overwrite=overwrite,
         progress=progress,
+        recount=True,
     )
 
 
@@ -108,6 +109,7 @@ def prepare_split(
     files_per_part: int = FILES_PER_PART,
     overwrite: bool = False,
     progress: bool = False,
+    recount: bool = False,
 ) -> Prepared:
     """Write `cuts_SPLIT.jsonl.gz`, `summary_SPLIT.json` and `unreadable_SPLIT.tsv` into `out`.
 
@@ -125,6 +127,8 @@ def prepare_split(
         files_per_part: see above.
         overwrite: make it again, from the beginning; the old manifest stays until the new one is whole.
         progress: show a progress bar, if standard error is a terminal.
+        recount: where the manifest is there, call `listing` to count, and remark on another number of files than it was made of. For folders
+            that people add to, whose listing opens no file; a published corpus stays what it is, and its listing may read transcripts.
 
     Raises:
         ValueError: the manifest is there, made of another source or with other settings; nothing is listed or no cut remains, ids are not unique, the folder cannot be written to, a process died.
@@ -138,7 +142,7 @@ def prepare_split(
     described = {"source": str(Path(source).resolve()), **dataclasses.asdict(settings), **(more_settings or {})}
     manifest = writable_folder(out) / f"cuts_{split}.jsonl.gz"
     if manifest.exists() and not overwrite:
-        return _finished(manifest, described)
+        return _finished(manifest, described, listing if recount else None)
     parts = manifest.with_name(f"cuts_{split}.parts")
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
@@ -153,8 +157,8 @@ def prepare_split(
     return prepared
 
 
-def _finished(manifest: Path, asked: dict[str, Any]) -> Prepared:
-    """What is known of a manifest that exists."""
+def _finished(manifest: Path, asked: dict[str, Any], listing: Callable[[], Listing] | None) -> Prepared:
+    """What is known of a manifest that exists, and how many files there are now, where there is a listing to count."""
     content = read_summary(manifest)
     if "summary" not in content or not is_checked(manifest):
         raise ValueError(
@@ -166,6 +170,10 @@ def _finished(manifest: Path, asked: dict[str, Any]) -> Prepared:
     if changed:
         raise ValueError(f"{manifest} exists, made with {', '.join(changed)}; overwrite it or name another folder")
     notes = ["exists already: nothing was done", *content.get("notes", ())]
+    if listing is not None and "files" in content and (now := sum(1 for _ in listing())) != content["files"]:
+        notes.append(
+            f"there are {now:,} files now, it was made of {content['files']:,}: --overwrite makes it again, of those that are there"
+        )
     listed = manifest.with_name(f"unreadable_{_split_of(manifest)}.tsv")
     return Prepared(manifest, CutSummary.from_dict(content["summary"]), tuple(notes), content.get("unreadable", 0), listed, existed=True)
 
@@ -269,7 +277,7 @@ def _assemble(manifest: Path, parts: Path, names: list[str], settings: ScanSetti
         file.flush()
         check_manifest(Path(file.name), called=manifest)
         summary = total.counter.summary()
-        content = {"summary": summary.to_dict(), "notes": notes, "unreadable": unreadable, "settings": described}
+        content = {"summary": summary.to_dict(), "notes": notes, "unreadable": unreadable, "files": total.files, "settings": described}
         write_summary(manifest, Path(file.name), content)
     return Prepared(manifest, summary, tuple(notes), unreadable, listed, resumed=resumed)
 

@@ -224,6 +224,32 @@ def test_arguments_out_of_range_are_refused(audio: Path, tmp_path: Path) -> None
         prepare(audio, tmp_path / "file/out")
 
 
+def test_files_that_came_to_a_finished_folder_are_remarked_on_and_not_read(
+    audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare_folder(audio, tmp_path / "out")
+    assert "files now" not in str(prepare_folder(audio, tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    sizes = count_scans(monkeypatch)
+    soundfile.write(audio / "s1" / "new.wav", np.zeros(1600), 16000)
+    again = prepare_folder(audio, tmp_path / "out")
+    assert "there are 13 files now, it was made of 12: --overwrite makes it again" in str(again)
+    assert (again.existed, again.summary, contents(tmp_path / "out")) == (True, first.summary, before) and not sizes
+    assert prepare_folder(audio, tmp_path / "out", overwrite=True).summary.cuts == first.summary.cuts + 1
+    assert "files now" not in str(prepare_folder(audio, tmp_path / "out"))
+
+
+def test_a_manifest_that_does_not_tell_of_how_many_files_it_is_made_is_left_alone(audio: Path, tmp_path: Path) -> None:
+    manifest = prepare_folder(audio, tmp_path / "out").manifest
+    summary = manifest.with_name("summary_all.json")
+    content = json.loads(summary.read_text())
+    del content["files"]
+    summary.write_text(json.dumps(content))
+    soundfile.write(audio / "new.wav", np.zeros(1600), 16000)
+    assert prepare_folder(audio, tmp_path / "out").notes[0] == "exists already: nothing was done"
+    assert "files now" not in str(prepare_folder(audio, tmp_path / "out"))
+
+
 def test_resampling_channels_and_limits_are_said_once_each(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i, (rate, channels) in enumerate([(8000, 1), (8000, 2), (44100, 2), (16000, 1), (16000, 3)]):
