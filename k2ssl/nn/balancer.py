@@ -46,7 +46,8 @@ class Balancer(nn.Module):
     Each but grad_scale may be a number or a `Schedule`.
 
     Raises:
-        ValueError: a proportion or probability outside [0, 1].
+        ValueError: a proportion or probability outside [0, 1], a mean absolute value or grad_scale that is negative or not finite, or a
+            lower limit above its upper one.
 
     Upstream: Balancer. Unlike there, whether it acts never depends on the state of the GPU's memory allocator.
     """
@@ -73,6 +74,18 @@ class Balancer(nn.Module):
             for _, value in getattr(self, name).points:
                 if not 0.0 <= value <= 1.0:
                     raise ValueError(f"Balancer: {name} is {value}, allowed is 0 <= {name} <= 1")
+        for name, schedule in (("min_abs", self.min_abs), ("max_abs", self.max_abs), ("grad_scale", _as_schedule(grad_scale))):
+            for _, value in schedule.points:  # finite, as schedules are
+                if value < 0.0:
+                    raise ValueError(f"Balancer: {name} is {value}, a number >= 0 is needed")
+        for low, high in (("min_positive", "max_positive"), ("min_abs", "max_abs")):
+            self._check_order(low, high)
+
+    def _check_order(self, low: str, high: str) -> None:
+        lower, upper = getattr(self, low), getattr(self, high)
+        for count in {count for schedule in (lower, upper) for count, _ in schedule.points}:  # both are linear in between
+            if lower(count) > upper(count):
+                raise ValueError(f"Balancer: {low} is {lower(count)} at batch count {count:g}, allowed is at most {high}, {upper(count)}")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., F, C) -> the same tensor's values."""

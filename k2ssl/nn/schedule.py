@@ -91,7 +91,8 @@ class Clock:
       the outcome does not depend on timing.
 
     A step is replayed bit by bit by restoring the `state_dict` taken before it (seeding alone would not bring back the flags); it is
-    what an exact resume must restore. Of ranks that merge their flags only the generators differ. Recomputing a part of a forward pass draws again: `replaying` makes it draw the same.
+    what an exact resume must restore. Of ranks that merge their flags only the generators differ. Recomputing a part of a forward pass draws
+    again: `replaying` makes it draw the same, as `k2ssl.nn.recompute` does (`torch.utils.checkpoint` alone does not know of clocks).
     """
 
     def __init__(self, seed: int = 0) -> None:

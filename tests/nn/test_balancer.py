@@ -85,6 +85,12 @@ def test_impossible_proportions_are_refused() -> None:
         Balancer(Clock(), max_positive=1.5)
     with pytest.raises(ValueError, match=r"x has shape \(4,\), \(\.\.\., frames, channels\)"):
         balanced_gradient(torch.ones(4), torch.ones(4), Balancer(Clock()).limits())
+    with pytest.raises(ValueError, match=r"min_abs is -1\.0, a number >= 0"):
+        Balancer(Clock(), min_abs=-1.0)
+    with pytest.raises(ValueError, match="must be finite"):
+        Balancer(Clock(), grad_scale=math.nan)
+    with pytest.raises(ValueError, match=r"min_abs is 3\.0 at batch count 7, allowed is at most max_abs, 2\.0"):
+        Balancer(Clock(), min_abs=Schedule((0.0, 0.1), (7.0, 3.0)), max_abs=2.0)
     with pytest.raises(ValueError, match="probability is 3"):
         Balancer(Clock(), probability=3.0)
 
