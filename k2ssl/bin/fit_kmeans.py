@@ -11,7 +11,6 @@ given again. Exit status: 0 done, 1 the run failed, 2 wrong usage or settings, 1
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import math
@@ -47,8 +46,9 @@ from k2ssl.bin.refusal import refusing
 from k2ssl.config import ConfigError, dump
 from k2ssl.labelling.assign import LoadedFrames
 from k2ssl.labelling.corpus_parts import PartCounter
-from k2ssl.labelling.features import FeatureFunction, MfccConfig
+from k2ssl.labelling.features import FeatureFunction, MfccConfig, Scalar
 from k2ssl.labelling.kmeans import KMeans, KMeansConfig, Progress, fit_kmeans
+from k2ssl.labelling.kmeans_progress import check_progress, identity, is_begun, progress_files
 from k2ssl.train.differences import differences
 from k2ssl.train.ledger import Ledger
 
@@ -76,7 +76,7 @@ class FitKMeans:
         max_skipped: share of the cuts that may be left out because their audio cannot be read; they are listed beside OUTPUT. With
             more than that the run ends and no centres are written.
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
-        overwrite: replace OUTPUT if it exists.
+        overwrite: replace OUTPUT if it exists, and begin anew where there is progress of another run; what this run has done is gone on with.
         skip_finished: if OUTPUT exists and the same settings led to it, do nothing; other settings are refused.
         quiet: plain lines instead of a progress bar, for logs.
     """
@@ -166,29 +166,65 @@ def fit(job: FitKMeans) -> None:
         with refusing():
             features = build_features(job.features, device)
             cuts = Chained(CutLists(job.cuts).open())
-        with Ledger(output.parent, "fit_kmeans", device, distributed.world_size()) as ledger:
-            kmeans, num_skipped = fit_features(job, features, cuts, device, ledger)
+        reading = time.monotonic()
+        whole = on_main(lambda: survey(cuts, job, features.frame_rate))
+        begun = find_progress(job, features, whole)
+        with Ledger(output.parent, "fit_kmeans", device, distributed.world_size(), since=reading) as ledger:
+            kmeans, num_skipped = fit_features(job, features, cuts, whole, begun, device, ledger)
             if not distributed.is_main():
                 return
             with atomic_file(output.with_name(output.name + ".json")) as file:
                 file.write(dump(job).encode())
             kmeans.save(output)
-            for left in output.parent.glob(f"{glob.escape(output.name)}.progress*"):
+            for left in progress_files(progress_of(job)):
                 left.unlink()
     print(f"{output}: {kmeans.num_clusters} centres of {kmeans.dim} dimensions, sha256 {kmeans.sha256[:16]}...")
     print(f"{time.monotonic() - started:.1f} s, {num_skipped} unreadable cuts left out, peak memory {peak_memory(device)}")
 
 
-def fit_features(job: FitKMeans, features: FeatureFunction, cuts: Chained, device: torch.device, ledger: Ledger) -> tuple[KMeans, int]:
+def progress_of(job: FitKMeans) -> Path:
+    """The file in which the centres are kept as they move."""
+    output = Path(job.output)
+    return output.with_name(output.name + ".progress")
+
+
+def stream_of(job: FitKMeans, whole: Survey) -> dict[str, Scalar]:
+    """What decides, beside the features, which frames come."""
+    return {"cuts": whole.cuts_sha256, "max_duration": job.loader.max_duration, "parts": whole.num_parts}
+
+
+def find_progress(job: FitKMeans, features: FeatureFunction, whole: Survey) -> bool:
+    """Whether there is progress of this run to go on with; `overwrite` removes that of another one, and damaged files.
+
+    Raises:
+        ConfigError: there is such progress and `overwrite` is False; names the files.
+    """
+    checkpoint, wrong = progress_of(job), None
+    begun = is_begun(checkpoint)
+    try:
+        check_progress(checkpoint, identity(job.kmeans, features.description, stream_of(job, whole)), begun)
+    except ValueError as error:
+        wrong = str(error)
+    everywhere = distributed.gather_objects(wrong)
+    with refusing():
+        if everywhere is not None and (found := [text for text in everywhere if text is not None]):
+            if not job.overwrite:
+                raise ValueError(f"{found[0]}; --overwrite True removes them")
+            for file in progress_files(checkpoint):
+                file.unlink()
+            _log.info("%s: the progress of another run is removed", checkpoint)
+    return bool(distributed.broadcast_object(bool(progress_files(checkpoint))))
+
+
+def fit_features(
+    job: FitKMeans, features: FeatureFunction, cuts: Chained, whole: Survey, begun: bool, device: torch.device, ledger: Ledger
+) -> tuple[KMeans, int]:
     """The centres, and on rank 0 how many cuts were left out.
 
     Raises:
         ValueError: more than may be; see also `fit_kmeans`.
     """
-    output, rank = Path(job.output), distributed.rank()
-    checkpoint = output.with_name(output.name + ".progress")
-    begun = any(output.parent.glob(f"{glob.escape(checkpoint.name)}*"))  # looked for before any rank can have written one
-    whole = on_main(lambda: survey(cuts, job, features.frame_rate))
+    output, rank, checkpoint = Path(job.output), distributed.rank(), progress_of(job)
     skipped = SkippedCuts(
         output.with_name(f"{output.name}.skipped-{rank:05d}.tsv"),
         whole.num_cuts,
@@ -206,7 +242,7 @@ def fit_features(job: FitKMeans, features: FeatureFunction, cuts: Chained, devic
             progress if distributed.is_main() else None,
             frame_rate=features.frame_rate,
             description=features.description,
-            stream={"cuts": whole.cuts_sha256, "max_duration": job.loader.max_duration, "parts": whole.num_parts},
+            stream=stream_of(job, whole),
         )
     everyone = distributed.gather_objects(set(skipped.reasons))
     num_skipped = 0

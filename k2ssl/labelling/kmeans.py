@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,22 @@ from k2ssl.labelling.features import Scalar
 from k2ssl.labelling.frame_stream import CheckedFrames, FrameSource, FrameStream, Replayed, generator
 from k2ssl.labelling.kmeans_init import best_start, draw_far_frames
 from k2ssl.labelling.kmeans_model import KMeans, read_checked
-from k2ssl.labelling.kmeans_sample import check_same, draw_sample
+from k2ssl.labelling.kmeans_progress import (
+    FORMAT,
+    SAMPLE_FORMAT,
+    SAMPLE_VERSION,
+    VERSION,
+    check_progress,
+    identity,
+    is_begun,
+    sample_path,
+    sampling_path,
+)
+from k2ssl.labelling.kmeans_sample import draw_sample
 from k2ssl.labelling.kmeans_settings import KMeansConfig, Progress
 from k2ssl.labelling.nearest import Centres, sums_by_label
 
 __all__ = ["KMeans", "KMeansConfig", "Progress", "fit_kmeans"]
-
-_FORMAT = "k2ssl-kmeans-progress"
-_SAMPLE_FORMAT = "k2ssl-kmeans-sample"
-_VERSION = 2
-_MAY_CHANGE = ("max_batches", "max_no_improvement", "checkpoint_every")  # between an interruption and going on
 
 
 @dataclass
@@ -118,7 +124,7 @@ class _Fit:
     ) -> None:
         self.source, self.config, self.device = CheckedFrames(source, device), config, device
         self.checkpoint, self.tell, self.frame_rate, self.description = checkpoint, progress, frame_rate, description
-        self.stream = stream
+        self.identity = identity(config, description, stream)
         ranks = distributed.world_size()
         share = config.batch_frames * (distributed.rank() + 1) // ranks - config.batch_frames * distributed.rank() // ranks
         if config.batch_frames < ranks:
@@ -128,14 +134,18 @@ class _Fit:
 
     def run(self) -> KMeans:
         config = self.config
-        if self.checkpoint is not None and _main_says(self.checkpoint.exists()):
+        begun = self.checkpoint is not None and is_begun(self.checkpoint)
+        if self.checkpoint is not None:
+            with distributed.failing_together():
+                check_progress(self.checkpoint, self.identity, begun)
+        if self.checkpoint is not None and begun:
             state, sample, stream = self._resume(self.checkpoint)
         else:
             state, sample = self._start()
             stream = FrameStream(self.source, epoch=1)
             self._save(state, stream)
         if self.checkpoint is not None:
-            _sampling_path(self.checkpoint).unlink(missing_ok=True)
+            sampling_path(self.checkpoint).unlink(missing_ok=True)
         self._report(stage="updates", batches=state.batches, inertia=state.smoothed, reassigned=state.reassigned)
         while state.batches < config.max_batches and state.no_improvement < config.max_no_improvement:
             with distributed.failing_together():
@@ -175,7 +185,7 @@ class _Fit:
         self._report(restarts_done=config.num_restarts, inertia=start.inertia)
         sample = _Sample(rest, held_out, start.centroids.clone(), start.inertia)
         if self.checkpoint is not None and distributed.is_main():
-            save_atomically(_sample_path(self.checkpoint), {"format": _SAMPLE_FORMAT, "version": _VERSION, **vars(sample)})
+            save_atomically(sample_path(self.checkpoint), {"format": SAMPLE_FORMAT, "version": SAMPLE_VERSION, **vars(sample)})
         return _State(start.centroids, start.counts, torch.zeros_like(start.counts)), sample
 
     def _better(self, state: _State, sample: _Sample) -> Tensor:
@@ -195,14 +205,14 @@ class _Fit:
     def _sample(self) -> Tensor:
         """(R, D) on the CPU, uniform over the frames of all ranks, in random order."""
         config, ranks = self.config, distributed.world_size()
-        path = None if self.checkpoint is None else _sampling_path(self.checkpoint)
+        path = None if self.checkpoint is None else sampling_path(self.checkpoint)
         enough = config.sample_batches * self.share or math.inf
 
         def seen(frames: int, resumed: int) -> None:
             self._report(frames=frames * ranks, resumed=resumed * ranks)
 
         capacity = config.reservoir_frames + config.held_out_frames
-        sample = draw_sample(self.source, capacity, config.seed, enough, self.device, path, self._identity(), seen)
+        sample = draw_sample(self.source, capacity, config.seed, enough, self.device, path, self.identity, seen)
         if len(sample) < config.num_clusters:
             raise ValueError(f"KMeansConfig: num_clusters is {config.num_clusters}, but the features hold only {len(sample)} frames")
         return sample
@@ -239,27 +249,14 @@ class _Fit:
     def _save(self, state: _State, stream: FrameStream) -> None:
         positions = distributed.all_gather_rows(torch.tensor([stream.position]))
         if self.checkpoint is not None and distributed.is_main():
-            save_atomically(
-                self.checkpoint, {"format": _FORMAT, "version": _VERSION, **self._identity(), **vars(state), "positions": positions}
-            )
-
-    def _identity(self) -> dict[str, Any]:
-        config = {name: value for name, value in asdict(self.config).items() if name not in _MAY_CHANGE}
-        ranks = distributed.world_size()
-        return {
-            "config": config,
-            "description": self.description,
-            "stream": self.stream,
-            "ranks": ranks,
-        }
+            save_atomically(self.checkpoint, {"format": FORMAT, "version": VERSION, **self.identity, **vars(state), "positions": positions})
 
     def _resume(self, path: Path) -> tuple[_State, _Sample, FrameStream]:
         with distributed.failing_together():
             names = [field.name for field in fields(_State)]
-            content = read_checked(path, _FORMAT, _VERSION, ("config", "description", "stream", "ranks", "positions", *names))
-            check_same(path, content, self._identity())
+            content = read_checked(path, FORMAT, VERSION, ("positions", *names))
             parts = [field.name for field in fields(_Sample)]
-            kept = read_checked(_sample_path(path), _SAMPLE_FORMAT, _VERSION, tuple(parts))
+            kept = read_checked(sample_path(path), SAMPLE_FORMAT, SAMPLE_VERSION, tuple(parts))
             sample = _Sample(**{name: self._here(kept[name]) for name in parts})
             state = _State(**{name: self._here(content[name]) for name in names})
             self.source.dim = state.centroids.shape[1]
@@ -277,16 +274,3 @@ class _Fit:
         self.progress = progress
         if self.tell is not None and progress != before:
             self.tell(progress)
-
-
-def _main_says(answer: bool) -> bool:
-    """Rank 0's answer, on every rank."""
-    return bool(distributed.broadcast(torch.tensor(int(answer))).item())
-
-
-def _sample_path(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + ".sample")
-
-
-def _sampling_path(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.name}.sampling-{distributed.rank():05d}")

@@ -34,15 +34,22 @@ _TEXTS = ("session", "program", "status", "device")
 class Ledger:
     """Accounts for one session. Rank 0 writes, the others do nothing.
 
-    A GPU-hour is one hour of wall time of one GPU, busy or not, from the making of this object; a run on GPUs counts no CPU-hours. A
-    CPU-hour is wall time x threads (`torch.get_num_threads()`) x processes; loader workers are not counted. Memory is that of rank 0. The
-    real-time factor is wall time by audio, null where there is none.
+    A GPU-hour is one hour of wall time of one GPU, busy or not, from the making of this object or from `since`; a run on GPUs counts no
+    CPU-hours. A CPU-hour is wall time x threads (`torch.get_num_threads()`) x processes; loader workers are not counted. Memory is that
+    of rank 0. The real-time factor is wall time by audio, null where there is none.
 
     A context manager: the session ends as done, interrupted (KeyboardInterrupt, SystemExit) or failed (any other exception).
     """
 
     def __init__(
-        self, folder: str | Path, program: str, device: torch.device, num_devices: int, *, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: str | Path,
+        program: str,
+        device: torch.device,
+        num_devices: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        since: float | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +58,7 @@ class Ledger:
             device: of this process.
             num_devices: GPUs, or processes on the CPU, that work together over all ranks and nodes.
             clock: seconds.
+            since: reading of the clock from which time counts, for work that came before anything was written; None: now.
 
         Raises:
             ValueError: `num_devices` is below 1.
@@ -66,7 +74,7 @@ class Ledger:
             "device": _device_name(device),
             "num_devices": num_devices,
         }
-        self._started = clock()
+        self._started = clock() if since is None else since
         self._audio_seconds, self._steps = 0.0, 0
         self._peak_gpu, self._peak_host = 0, 0
         self._lines: JsonLines | None = None

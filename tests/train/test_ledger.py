@@ -51,6 +51,15 @@ def test_a_session_costs_wall_time_times_processes_times_threads(tmp_path: Path,
     assert [line["real_time_factor"] for line in lines] == [0.2, 0.2]
 
 
+def test_time_counts_from_a_reading_of_the_clock_that_came_before(tmp_path: Path) -> None:
+    clock = FakeClock()
+    began = clock.now
+    clock.now += 1000.0
+    with Ledger(tmp_path, "train", CPU, 1, clock=clock, since=began):
+        clock.now += 800.0
+    assert total(tmp_path).wall_hours == pytest.approx(0.5)
+
+
 def test_without_audio_there_is_no_real_time_factor(tmp_path: Path) -> None:
     session(tmp_path, 10.0, steps=4)
     assert {json.loads(line)["real_time_factor"] for line in (tmp_path / "ledger.jsonl").read_text().splitlines()} == {None}

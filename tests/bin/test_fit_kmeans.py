@@ -1,0 +1,124 @@
+"""fit_kmeans on what earlier runs left: progress of this run is gone on with, that of another is refused or, if asked for, removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from k2ssl.bin import fit_kmeans
+from k2ssl.data.cuts import read_cuts, write_cuts
+from k2ssl.data.prepare_cuts import prepare_folder
+from k2ssl.labelling import kmeans
+from k2ssl.labelling.kmeans_model import KMeans
+
+RATE = 16000
+SMALL = ["--kmeans.num-clusters", "4", "--kmeans.batch-frames", "200", "--kmeans.max-batches", "10", "--kmeans.num-restarts", "2"]
+SMALL += ["--loader.num-workers", "0", "--loader.max-duration", "1", "--device", "cpu", "--quiet", "True"]
+
+
+@pytest.fixture
+def cuts(tmp_path: Path) -> Path:
+    """Sixteen sounds of half a second."""
+    draw, audio = np.random.default_rng(0), tmp_path / "audio"
+    audio.mkdir()
+    for i in range(16):
+        soundfile.write(audio / f"u{i:02d}.wav", 0.1 * draw.standard_normal(RATE // 2), RATE)
+    prepare_folder(audio, tmp_path, split="all", progress=False)
+    return tmp_path / "cuts_all.jsonl.gz"
+
+
+def fit(cuts: Path, output: Path, *options: str) -> int:
+    return fit_kmeans.main(["--cuts", str(cuts), "--output", str(output), *SMALL, *options])
+
+
+def interrupt(cuts: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """End a fit when its centres have begun to move."""
+
+    def stop(self: object, now: object) -> None:
+        if now.batches == 3:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_kmeans.FitProgress, "__call__", stop)
+        assert fit(cuts, output, "--kmeans.checkpoint-every", "1", *options) == 130
+    assert progress_of(output) == [f"{output.name}.progress", f"{output.name}.progress.sample"]
+
+
+def progress_of(output: Path) -> list[str]:
+    return sorted(path.name for path in output.parent.glob(f"{output.name}.progress*"))
+
+
+def fewer(cuts: Path) -> Path:
+    path = cuts.with_name("cuts_fewer.jsonl.gz")
+    write_cuts(list(read_cuts(cuts))[:12], path)
+    return path
+
+
+def test_progress_of_another_run_is_refused_before_the_work_and_all_files_in_the_way_are_named(
+    cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out" / "k.pt"
+    interrupt(fewer(cuts), output, monkeypatch)
+    before = {path.name: path.read_bytes() for path in output.parent.iterdir()}
+    assert fit(cuts, output) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "k.pt.progress: holds the progress of another run: stream.cuts is '" in error
+    assert f"; remove {output}.progress {output}.progress.sample to begin anew" in error and "; --overwrite True removes them" in error
+    assert {path.name: path.read_bytes() for path in output.parent.iterdir()} == before
+
+
+def test_overwriting_removes_the_progress_of_another_run(
+    cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(cuts, tmp_path / "new.pt") == 0
+    interrupt(fewer(cuts), tmp_path / "k.pt", monkeypatch)
+    (tmp_path / "k.pt.skipped-00000.tsv").write_text("gone\tof the other run\n")
+    capsys.readouterr()
+    assert fit(cuts, tmp_path / "k.pt", "--overwrite", "True") == 0
+    assert "0 unreadable cuts left out" in capsys.readouterr().out
+    assert KMeans.load(tmp_path / "k.pt").sha256 == KMeans.load(tmp_path / "new.pt").sha256
+    assert not progress_of(tmp_path / "k.pt")
+
+
+def test_overwriting_that_was_interrupted_goes_on_where_it_was(cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "k.pt"
+    assert fit(cuts, output) == 0
+    finished = KMeans.load(output).sha256
+    interrupt(cuts, output, monkeypatch, "--overwrite", "True")
+
+    def never(*_: object) -> None:
+        raise AssertionError("the sample is drawn again")
+
+    monkeypatch.setattr(kmeans, "draw_sample", never)
+    assert fit(cuts, output, "--overwrite", "True") == 0
+    assert KMeans.load(output).sha256 == finished and not progress_of(output)
+
+
+def test_a_sample_begun_by_another_run_is_in_the_way_like_any_progress(
+    cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kmeans, "best_start", interrupted)
+        assert fit(fewer(cuts), tmp_path / "k.pt") == 130
+    assert progress_of(tmp_path / "k.pt") == ["k.pt.progress.sampling-00000"]
+    assert fit(cuts, tmp_path / "k.pt") == 2
+    assert f"; remove {tmp_path}/k.pt.progress.sampling-00000 to begin anew" in capsys.readouterr().err
+    assert fit(cuts, tmp_path / "k.pt", "--overwrite", "True") == 0
+
+
+@pytest.mark.parametrize("damaged", ["k.pt.progress", "k.pt.progress.sample"])
+def test_damaged_progress_is_refused_and_can_be_overwritten(
+    damaged: str, cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(cuts, tmp_path / "k.pt", monkeypatch)
+    (tmp_path / damaged).write_bytes((tmp_path / damaged).read_bytes()[:500])
+    assert fit(cuts, tmp_path / "k.pt") == 2
+    error = capsys.readouterr().err
+    assert f"{damaged}: a k2ssl-kmeans-" in error and "this one is cut off" in error and "--overwrite True removes them" in error
+    assert fit(cuts, tmp_path / "k.pt", "--overwrite", "True") == 0
