@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # slow to import, and not needed to show --help
 _log = logging.getLogger(__name__)
 
 _LEDGER_EVERY = 300.0  # seconds
+_LINE_EVERY = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,11 @@ class FitProgress:
         self._shown: AudioProgress | None = None
         self._seconds = 0.0  # of this stage that are shown already
         self._restarts = 0
-        self._written = time.monotonic()
+        self._written = self._told = time.monotonic()
 
     def __call__(self, now: Progress) -> None:
         seconds = now.batches * self._batch_seconds if now.stage == "updates" else 3600 * (now.hours or 0.0)
+        self._tell_passes(now)
         if now.stage != self._stage:
             self._end()
             self._stage = now.stage
@@ -139,6 +141,13 @@ class FitProgress:
         if time.monotonic() - self._written > _LEDGER_EVERY:
             self._ledger.write()
             self._written = time.monotonic()
+
+    def _tell_passes(self, now: Progress) -> None:
+        """No audio is read any more, and nobody knows how many passes are to come: a line now and then, and one at the end."""
+        ended = now.stage == "done" and self._stage == "passes"
+        if ended or (now.stage == "passes" and time.monotonic() - self._told > _LINE_EVERY):
+            self._told = time.monotonic()
+            _log.info("k-means passes over all frames in memory: %d, mean squared distance %.5g", now.batches, now.inertia or 0.0)
 
     def _end(self) -> None:
         if self._shown is not None and self._shown.seconds > 0:  # a resumed run passes through stages without doing anything
@@ -243,6 +252,7 @@ def fit_features(
             frame_rate=features.frame_rate,
             description=features.description,
             stream=stream_of(job, whole),
+            one_part=whole.num_parts == 1,
         )
     everyone = distributed.gather_objects(set(skipped.reasons))
     num_skipped = 0

@@ -28,8 +28,9 @@ def draw_sample(
     path: Path | None,
     identity: Mapping[str, Any],
     seen: Callable[[int, int], None],
-) -> Tensor:
-    """(at most capacity, D) on the CPU: a uniform sample of the frames that epoch 0 of `source` holds on all ranks, in random order.
+) -> tuple[Tensor, bool]:
+    """(at most capacity, D) on the CPU: a uniform sample of the frames that epoch 0 of `source` holds on all ranks, in random order, and
+    whether these are all of them. The first rows are the sample of a smaller capacity.
 
     Args:
         source: its `dim` is known afterwards.
@@ -64,7 +65,10 @@ def draw_sample(
             raise ValueError(f"features: epoch 0 holds no frame for rank {distributed.rank()}, at least 1 is needed")
         if path is not None and not finished:
             _save(reservoir, path, identity, place, True)
-    return reservoir.gather(device)
+    sample = reservoir.gather(device)
+    (to_its_end,) = distributed.agree(int(reservoir.num_shown < enough))
+    num_shown = int(distributed.all_reduce_sum(torch.tensor(reservoir.num_shown)))
+    return sample, bool(to_its_end) and len(sample) == num_shown
 
 
 def _save(reservoir: Reservoir, path: Path, identity: Mapping[str, Any], place: int, finished: bool) -> None:

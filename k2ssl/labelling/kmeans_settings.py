@@ -25,7 +25,8 @@ class KMeansConfig:
     Attributes:
         num_clusters: number of centres, and so of classes.
         batch_frames: frames of a mini-batch, over all ranks.
-        max_batches: mini-batches after which the centres are taken as they are.
+        max_batches: mini-batches after which the centres are taken as they are. Where a small corpus is held in memory, a pass over all of
+            it counts as one.
         max_no_improvement: mini-batches without a new lowest smoothed inertia after which fitting ends earlier.
         smoothing_batches: the inertia is smoothed exponentially with weight 2 / (1 + this) for the newest mini-batch.
         reservoir_frames: frames of the sample that centres start from; `held_out_frames` are sampled besides.
@@ -73,14 +74,14 @@ class Progress:
     """How far fitting has come.
 
     Attributes:
-        stage: "sample", "restarts", "updates" or "done".
+        stage: "sample", "restarts", "updates" (or "passes", where all frames are held in memory) or "done".
         batches: mini-batches done, of at most `max_batches`.
         frames: frames seen in this stage over all ranks; in the stage "sample" taken to be as many on every rank as on this one.
         resumed: of these frames, those of the sample that an interrupted run had seen.
         epoch: of the features, on this rank.
         hours: of audio in `frames`; None if the frame rate is not known.
-        inertia: mean squared distance per frame: of held-out frames (restarts: the best so far; done: of the result) or smoothed over
-            mini-batches (updates).
+        inertia: mean squared distance per frame: of held-out frames (restarts: the best so far; done: of the result), smoothed over
+            mini-batches (updates), or of all frames (passes, and done after them).
         restarts_done: of `num_restarts`.
         reassigned: dead clusters re-seeded so far.
     """

@@ -84,7 +84,7 @@ def test_an_interrupted_sampling_reads_no_audio_twice_and_ends_with_the_same_cen
     cuts: Path, tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path(next(iter(read_cuts(cuts))).recording.sources[0].source).unlink()  # u00, which will be listed once
-    skip = ["--max-skipped", "0.2"]
+    skip = ["--max-skipped", "0.2", "--kmeans.reservoir-frames", "300", "--kmeans.held-out-frames", "60"]  # so that not all frames are held
     assert fit(cuts, tmp_path / "whole.pt", *skip) == 0
     uninterrupted = read.copy()
     read.clear()

@@ -11,8 +11,9 @@ import soundfile
 from k2ssl.bin import fit_kmeans
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.data.prepare_cuts import prepare_folder
-from k2ssl.labelling import kmeans
+from k2ssl.labelling import assign, kmeans
 from k2ssl.labelling.kmeans_model import KMeans
+from k2ssl.train.ledger import total
 
 RATE = 16000
 SMALL = ["--kmeans.num-clusters", "4", "--kmeans.batch-frames", "200", "--kmeans.max-batches", "10", "--kmeans.num-restarts", "2"]
@@ -55,6 +56,25 @@ def fewer(cuts: Path) -> Path:
     path = cuts.with_name("cuts_fewer.jsonl.gz")
     write_cuts(list(read_cuts(cuts))[:12], path)
     return path
+
+
+def test_a_folder_of_a_few_seconds_is_read_once_and_comes_to_an_end(
+    cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read: list[str] = []
+    frames = assign._frames
+
+    def counted(batch, *rest):  # type: ignore[no-untyped-def]
+        read.extend(batch.ids)
+        return frames(batch, *rest)
+
+    monkeypatch.setattr(assign, "_frames", counted)
+    with caplog.at_level("INFO"):
+        assert fit(cuts, tmp_path / "k.pt", "--kmeans.batch-frames", "10000", "--kmeans.max-batches", "300") == 0
+    assert sorted(read) == sorted(cut.id for cut in read_cuts(cuts))
+    (said,) = [message for message in caplog.messages if "passes over all frames in memory" in message]
+    assert 1 < int(said.split(": ")[1].split(",")[0]) < 100
+    assert total(tmp_path).audio_hours * 3600 == pytest.approx(8.0, rel=0.1)
 
 
 def test_progress_of_another_run_is_refused_before_the_work_and_all_files_in_the_way_are_named(
