@@ -190,7 +190,7 @@ class SkippedCuts:
             num_cuts: in the manifests.
             max_skipped: share of them that may be skipped.
             resume: go on with the list of an interrupted run, instead of beginning anew.
-            advice: what to do when more are skipped.
+            advice: what else to do when more are skipped.
         """
         self.advice = advice
         self.path, self.num_cuts, self.max_skipped, self.share = path, num_cuts, max_skipped, 1.0
@@ -212,23 +212,44 @@ class SkippedCuts:
         if len(self.reasons) > _LISTED:
             self.check(len(self.reasons), " so far")
 
-    def check(self, number: int, so_far: str = "") -> None:
+    def check(self, number: int, so_far: str = "", of_all: bool = False) -> None:
         """Refuse more than is allowed.
 
         Args:
             number: skipped cuts, of this rank or of all.
             so_far: to be said of the number.
+            of_all: hold it against all cuts, of which no later reading can make it a smaller share, whatever `share` says.
 
         Raises:
-            ValueError: names the numbers, the lists and the first reason.
+            ValueError: names the numbers, the lists, the first reason, and the share with which the same command goes on.
         """
-        total = self.num_cuts * self.share
+        total = self.num_cuts * (1.0 if of_all else self.share)
         if number > self.max_skipped * total:
             first = next((f"; the first is {cut_id}: {reason}" for cut_id, reason in self.reasons.items()), "")
             raise ValueError(
                 f"{number} of {math.ceil(total)} cuts{so_far} ({number / total:.1%}) cannot be used, max_skipped is {self.max_skipped:.1%}: "
-                f"see {self.path.parent}/{self.path.name.rpartition('skipped-')[0]}skipped-*.tsv{self.advice}{first}"
+                f"see {self.path.parent}/{self.path.name.rpartition('skipped-')[0]}skipped-*.tsv{first}; "
+                f"--max-skipped {_rounded_up(number / total)} goes on with what is done{self.advice}"
             )
+
+    def check_together(self, of_all: bool = False) -> int:
+        """As `check`, of the cuts that any rank has skipped; on rank 0 their number is returned. To be called on every rank.
+
+        Raises:
+            ValueError: see `check`; on the other ranks an `OtherRankError`.
+        """
+        everyone, number = distributed.gather_objects(set(self.reasons)), 0
+        with distributed.failing_together():
+            if everyone is not None:
+                number = len(set.union(*everyone))
+                self.check(number, of_all=of_all)
+        return number
+
+
+def _rounded_up(share: float) -> str:
+    """Of a share > 0, two digits."""
+    digits = 1 - math.floor(math.log10(share))
+    return f"{min(1.0, math.ceil(share * 10**digits) / 10**digits):.{digits}f}"
 
 
 def read_skipped(path: Path) -> dict[str, str]:

@@ -75,7 +75,7 @@ class FitKMeans:
         kmeans: how.
         loader: how audio is read.
         max_skipped: share of the cuts that may be left out because their audio cannot be read; they are listed beside OUTPUT. With
-            more than that the run ends and no centres are written.
+            more than that the run ends, before anything is fitted if all audio has been read by then, and no centres are written.
         device: auto, cpu, cuda or cuda:NUMBER; auto takes the GPU if there is one.
         overwrite: replace OUTPUT if it exists, and begin anew where there is progress of another run; what this run has done is gone on with.
         skip_finished: if OUTPUT exists and the same settings led to it, do nothing; other settings are refused.
@@ -239,8 +239,10 @@ def fit_features(
         whole.num_cuts,
         job.max_skipped,
         resume=begun,
-        advice=f"; remove {checkpoint}* to begin anew when they can be read",
+        advice=f"; where they have been mended, remove {checkpoint}* to begin anew",
     )
+    if begun:
+        skipped.check_together(of_all=True)
     loader_of = epoch_loaders(job, cuts, whole, features.sample_rate, skipped)
     with FitProgress(whole.seconds / whole.num_parts, features.frame_rate, job.kmeans, job.quiet, ledger) as progress:
         kmeans = fit_kmeans(
@@ -253,14 +255,9 @@ def fit_features(
             description=features.description,
             stream=stream_of(job, whole),
             one_part=whole.num_parts == 1,
+            sampled=lambda: skipped.check_together(of_all=True),
         )
-    everyone = distributed.gather_objects(set(skipped.reasons))
-    num_skipped = 0
-    with distributed.failing_together():
-        if everyone is not None:
-            num_skipped = len(set.union(*everyone))
-            skipped.check(num_skipped)
-    return kmeans, num_skipped
+    return kmeans, skipped.check_together()
 
 
 def survey(cuts: Iterable[Cut], job: FitKMeans, frame_rate: float) -> Survey:

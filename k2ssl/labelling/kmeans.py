@@ -87,6 +87,7 @@ def fit_kmeans(
     description: Mapping[str, Scalar] | None = None,
     stream: Mapping[str, Scalar] | None = None,
     one_part: bool = False,
+    sampled: Callable[[], object] | None = None,
 ) -> KMeans:
     """Fit centres to streamed features. On several ranks each one calls this with its own share of the features.
 
@@ -112,6 +113,8 @@ def fit_kmeans(
         description: of the features, kept in the result.
         stream: what else determines the frames (which audio, in batches of what size); progress of another stream is refused.
         one_part: whether every epoch holds the same frames, all of the corpus, but for their order.
+        sampled: called on every rank when the sample is drawn, before anything is fitted to it. It may raise, on all ranks alike, and the
+            sample is kept then.
 
     Returns:
         The centres, the same on every rank. The same seed, features and number of ranks give the same bits.
@@ -121,10 +124,8 @@ def fit_kmeans(
             other settings, features or ranks.
     """
     source = batches if isinstance(batches, FrameSource) else Replayed(batches)
-    fit = _Fit(
-        source, config, torch.device(device), checkpoint, progress, frame_rate, dict(description or {}), dict(stream or {}), one_part
-    )
-    return fit.run()
+    given = dict(description or {}), dict(stream or {})
+    return _Fit(source, config, torch.device(device), checkpoint, progress, frame_rate, *given, one_part, sampled).run()
 
 
 class _Fit:
@@ -141,10 +142,11 @@ class _Fit:
         description: dict[str, Scalar],
         stream: dict[str, Scalar],
         one_part: bool,
+        sampled: Callable[[], object] | None,
     ) -> None:
         self.source, self.config, self.device = CheckedFrames(source, device), config, device
         self.checkpoint, self.tell, self.frame_rate, self.description = checkpoint, progress, frame_rate, description
-        self.identity, self.one_part = identity(config, description, stream), one_part
+        self.identity, self.one_part, self.sampled = identity(config, description, stream), one_part, sampled
         ranks = distributed.world_size()
         share = config.batch_frames * (distributed.rank() + 1) // ranks - config.batch_frames * distributed.rank() // ranks
         if config.batch_frames < ranks:
@@ -216,6 +218,8 @@ class _Fit:
         """The first centres, and what they were made from."""
         config = self.config
         frames, whole = self._sample()
+        if self.sampled is not None:
+            self.sampled()
         frames = frames.to(self.device)
         num_held_out = min(config.held_out_frames, len(frames) // 5, len(frames) - config.num_clusters)
         held_out, rest = frames[:num_held_out], frames[num_held_out:].contiguous()

@@ -20,6 +20,7 @@ num_clusters=100  # classes
 max_batches=10000  # mini-batches of 10,000 frames after which k-means stops at the latest
 previous=  # labels to compare with: a folder with a label store for each split
 alignments=  # phone alignments to compare with: a CTM file, or a folder of TextGrid files
+max_skipped=0.01  # share of the audio that may be left out because it cannot be read; it is listed
 max_duration=200  # audio in a batch, seconds
 num_workers=2  # processes that decode audio
 num_processes=1  # another name of --ngpu
@@ -28,6 +29,7 @@ quiet=False  # True: plain lines instead of progress bars
 seed=0  # of everything random
 parse_options "$@"
 need_whole_numbers num_clusters max_batches num_workers num_processes seed
+[[ $max_skipped =~ ^(0|1|0?\.[0-9]+|[01]\.0*)$ ]] || refuse "--max-skipped is $max_skipped, a share from 0 to 1 is needed, such as 0.1"
 
 recipe=$(dirname "$recipe_script")
 [ -n "$audio_dir$cuts" ] || refuse "--audio-dir is missing (or --cuts)"
@@ -65,7 +67,8 @@ esac
 
 need_environment
 [ "$num_processes" = 1 ] || ngpu=$num_processes
-common_options=(--loader.max-duration "$max_duration" --loader.num-workers "$num_workers" --device "$device" --quiet "$quiet")
+common_options=(--max-skipped "$max_skipped" --loader.max-duration "$max_duration" --loader.num-workers "$num_workers" --device "$device"
+    --quiet "$quiet")
 
 if in_stages 1 "cuts"; then
     [ -z "$cuts" ] || log "the manifests are there: $cuts"

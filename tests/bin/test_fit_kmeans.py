@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +13,11 @@ import pytest
 import soundfile
 
 from k2ssl.bin import fit_kmeans
+from k2ssl.bin.cluster_cuts import SkippedCuts
 from k2ssl.data.cuts import read_cuts, write_cuts
 from k2ssl.data.prepare_cuts import prepare_folder
 from k2ssl.labelling import assign, kmeans
+from k2ssl.labelling.corpus_parts import part_of
 from k2ssl.labelling.kmeans_model import KMeans
 from k2ssl.train.ledger import total
 
@@ -142,3 +148,61 @@ def test_damaged_progress_is_refused_and_can_be_overwritten(
     error = capsys.readouterr().err
     assert f"{damaged}: a k2ssl-kmeans-" in error and "this one is cut off" in error and "--overwrite True removes them" in error
     assert fit(cuts, tmp_path / "k.pt", "--overwrite", "True") == 0
+
+
+def test_too_many_unreadable_cuts_are_refused_before_anything_is_fitted_and_the_advice_finishes_the_fit(
+    cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("u03.wav", "u07.wav"):
+        (tmp_path / "audio" / name).write_bytes((tmp_path / "audio" / name).read_bytes()[:300])
+    output = tmp_path / "k.pt"
+
+    def never(*_: object) -> None:
+        raise AssertionError("this is work for nothing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kmeans, "best_start", never)
+        assert fit(cuts, output) == 1
+        error = capsys.readouterr().err
+        assert "2 of 16 cuts (12.5%) cannot be used, max_skipped is 1.0%: see " in error
+        assert "; --max-skipped 0.13 goes on with what is done; where they have been mended, remove " in error
+        patch.setattr(kmeans, "draw_sample", never)
+        assert fit(cuts, output) == 1 and "2 of 16 cuts (12.5%)" in capsys.readouterr().err  # from the list
+    monkeypatch.setattr(assign, "_frames", never)
+    assert fit(cuts, output, "--max-skipped", "0.13") == 0
+    assert "2 unreadable cuts left out" in capsys.readouterr().out
+
+
+def test_a_part_of_the_corpus_is_not_held_against_the_share_of_all(
+    cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = ["--kmeans.sample-batches", "2", "--kmeans.max-batches", "1"]
+    number = 2
+    first = [cut for cut in read_cuts(cuts) if part_of(cut.id, 0, number) == 0]
+    (tmp_path / "audio" / f"{first[0].id}.wav").unlink()
+    assert fit(cuts, tmp_path / "k.pt", *parts, "--max-skipped", "0.07") == 0  # 1 of 16, though more of this part
+    (tmp_path / "audio" / f"{first[1].id}.wav").unlink()
+    monkeypatch.setattr(kmeans, "best_start", None)
+    assert fit(cuts, tmp_path / "other.pt", *parts, "--max-skipped", "0.07") == 1
+    assert "2 of 16 cuts (12.5%) cannot be used" in capsys.readouterr().err
+
+
+def test_ranks_refuse_too_many_unreadable_cuts_together_before_anything_is_fitted(cuts: Path, tmp_path: Path) -> None:
+    for name in ("u03.wav", "u07.wav"):
+        (tmp_path / "audio" / name).unlink()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "k2ssl.bin.fit_kmeans"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [*launch, "--cuts", str(cuts), "--output", str(tmp_path / "k.pt"), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "k-means start" not in done.stderr
+    assert "fit_kmeans (rank 0): 2 of 16 cuts (12.5%) cannot be used" in done.stderr
+    assert "fit_kmeans (rank 1): rank 0 failed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "total", "said"), [(2, 42, "0.048"), (1, 10, "0.10"), (1, 1, "1.0"), (3, 3, "1.0"), (1, 999, "0.0011"), (995, 1000, "1.00")]
+)
+def test_the_share_that_is_advised_suffices(number: int, total: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"--max-skipped {re.escape(said)} goes on"):
+        SkippedCuts(tmp_path / "skipped-0.tsv", total, 0.0).check(number)
+    SkippedCuts(tmp_path / "skipped-0.tsv", total, float(said)).check(number)

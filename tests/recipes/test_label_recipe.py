@@ -72,10 +72,21 @@ def test_a_dry_run_shows_every_command_and_does_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "exp").exists()
 
 
+def test_the_share_that_may_be_skipped_is_told_to_both_programs(tmp_path: Path) -> None:
+    for given, told in (([], "0.01"), (["--max-skipped", "0.1"], "0.1"), (["--max-skipped", ".25"], ".25"), (["--max-skipped", "1"], "1")):
+        done = label("--audio-dir", "a", "--out", tmp_path / "exp", "--dry-run", *given)
+        assert done.returncode == 0, done.stderr
+        shown = [shlex.split(line) for line in done.stdout.splitlines()]
+        programs = [(words[2], words[words.index("--max-skipped") + 1]) for words in shown if "--max-skipped" in words]
+        assert programs == [("k2ssl.bin.fit_kmeans", told), ("k2ssl.bin.label", told)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "--audio-dir is missing"),
+        (["--audio-dir", "a", "--max-skipped", "10%"], "--max-skipped is 10%, a share from 0 to 1 is needed"),
+        (["--audio-dir", "a", "--max-skipped", "1.5"], "--max-skipped is 1.5, a share from 0 to 1 is needed"),
         (["--audio-dir", "a/x,b/x"], "two folders called x"),
         (["--audio-dir", "./a,../recordings/a"], "two folders called a"),
         (["--audio-dir", "/"], "--audio-dir is /, which has no name"),
