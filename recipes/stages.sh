@@ -7,7 +7,7 @@
 # They read the recipe's options out, seed, device, num_workers and quiet. Further arguments are flags of the program.
 # A run is a name: its folder is OUT/RUN. CONF is a configuration file, or several separated by commas, of which later ones count more.
 # STEPS are its updates, or nothing where the configuration says how long it is. AVERAGED are the last updates over which weights are
-# averaged: checkpoints lie as many apart, and the last two stay.
+# averaged: checkpoints lie as many apart, and the last two stay. Where STEPS is no multiple of it they are fewer, and that is said.
 # shellcheck disable=SC2154
 
 # need_steps NAME...: refuse options that are neither empty nor whole numbers.
@@ -22,6 +22,51 @@ need_steps() {
 need_systems() {
     need_lists systems
     [[ ,$systems, =~ ^(,(ctc|transducer))+,$ ]] || refuse "--systems is $systems; ctc, transducer or both with a comma between them are known"
+}
+
+# need_average STEPS AVERAGED CONF: refuse options, given by their names, of a run over whose end no average could be taken; see `average`. Where
+# neither option nor configuration says how long the run is, the checkpoint to begin with is found at its end. A CONF that is not there yet is
+# looked at before its stage.
+need_average() {
+    local _steps=${!1} _averaged=${!2} _known=true _period _start _fitting _of=--${1//_/-}
+    if [ -z "$_steps" ]; then
+        _steps=$(_setting_of "$3" max_steps 0) _of="the number of updates of ${3#"$repository/"}"
+        [ "$_steps" -gt 0 ] || _known=false
+    fi
+    if [ "$_averaged" = 0 ] || { $_known && [ "$_averaged" -ge "$_steps" ]; }; then
+        refuse "--${2//_/-} is $_averaged, at least 1 and less than $_of, $_steps, is needed"
+    fi
+    [ -f "${3##*,}" ] || return 0
+    _period=$(_setting_of "$3" average_period 200)
+    [ "$_period" -ge 1 ] || refuse "trainer.average_period is 0 in ${3#"$repository/"}, at least 1 is needed, so that there is an average"
+    $_known || return 0
+    _start=$(_average_begins "$_steps" "$_averaged")
+    ! _spans_average "$_start" "$_steps" "$_period" || return 0
+    _fitting=$_steps
+    until _spans_average "$(_average_begins "$_fitting" "$_averaged")" "$_fitting" "$_period"; do _fitting=$((_fitting + 1)); done
+    refuse "--${2//_/-} is $_averaged and $_of $_steps: the average is taken between the checkpoints of updates $_start and $_steps, which must lie \
+at or behind different multiples of $_period (trainer.average_period of ${3#"$repository/"}), from $_period on; the next number of updates with \
+which they do is $_fitting"
+}
+
+# Whether weights have been added to the average by update $1, and again by update $2, which happens every $3.
+_spans_average() { [ $(($1 / $3)) -ge 1 ] && [ $(($2 / $3)) -gt $(($1 / $3)) ]; }
+
+# A number that flags after `--` or the configurations say, several separated by commas: _setting_of CONF KEY DEFAULT. JSON is read, too.
+_setting_of() {
+    local _confs=() _conf _line _value=$3 _before='' _word
+    IFS=, read -r -a _confs <<<"$1"
+    for _conf in "${_confs[@]}"; do
+        [ -f "$_conf" ] || continue
+        while IFS= read -r _line || [ -n "$_line" ]; do
+            [[ ! $_line =~ ^([^#]*[^#a-z_])?$2\"?\ *[=:]\ *([0-9_]+) ]] || _value=${BASH_REMATCH[2]//_/}
+        done <"$_conf"
+    done
+    for _word in ${extra[@]+"${extra[@]}"}; do
+        [[ ! "$_before=$_word" =~ (^|=)--trainer\.${2//_/[-_]}=([0-9]+)$ ]] || _value=${BASH_REMATCH[2]}
+        _before=$_word
+    done
+    echo $((10#$_value))
 }
 
 # find_conf NAME: let an option that names a configuration of the repository name it from anywhere; fails where there is no such file.
@@ -73,6 +118,7 @@ _train() {
         _check_averaged "$_run" "$_steps" "$_averaged"
         _length=(--trainer.max-steps "$_steps" --trainer.max-epochs 100000)
         _keep=$(_average_begins "$_steps" "$_averaged")
+        _say_range "$_run" "$_steps" "$_averaged"
     fi
     shift 5
     local _trains=true # or only measures something
@@ -86,6 +132,13 @@ _train() {
 
 _check_averaged() {
     [ "$3" -ge 1 ] && [ "$3" -lt "$2" ] || refuse "$1: weights are to be averaged over the last $3 of $2 updates, at least 1 and less than all are needed"
+}
+
+# Say so where the last checkpoint comes sooner after the one before it than others do.
+_say_range() {
+    local _number=$(($2 - $(_average_begins "$2" "$3")))
+    [ $_number = "$3" ] || log "$1: the average will be over the last $_number updates, not $3, since checkpoints lie $3 apart; it is over $3 \
+where the number of updates is a multiple of that"
 }
 
 # average FILE RUN STEPS AVERAGED: the mean of the weights over the last updates as a model file; anew where the run has gone on since, or
@@ -111,9 +164,16 @@ last_checkpoint() { _checkpoint "$1" "${2:-$(_newest_step "$1")}"; }
 
 # earlier_checkpoint RUN STEPS AVERAGED: the path of the one with which the range to average begins.
 earlier_checkpoint() {
-    local _steps=${2:-$(_newest_step "$1")}
-    [ "$_steps" = LAST ] || _steps=$(_average_begins "$_steps" "$3")
-    _checkpoint "$1" "${_steps/LAST/EARLIER}"
+    local _steps=${2:-$(_newest_step "$1")} _start _earlier _period
+    [ "$_steps" != LAST ] || { _checkpoint "$1" EARLIER && return; }
+    _start=$(_average_begins "$_steps" "$3")
+    if [ -z "$2" ] && [ -f "$out/$1/settings.json" ]; then # the end may lie so near behind it that nothing was added to the average
+        _period=$(_setting_of "$out/$1/settings.json" average_period 200)
+        for ((_earlier = _start; _earlier > 0; _earlier -= $3)); do
+            ! _spans_average "$_earlier" "$_steps" "$_period" || { _start=$_earlier && break; }
+        done
+    fi
+    _checkpoint "$1" "$_start"
 }
 
 _average_begins() { echo $((($1 - 1) / $2 * $2)); }

@@ -31,11 +31,8 @@ need_whole_numbers pretrain_steps finetune_steps transcribed_minutes pretrain_av
 need_one_of searches greedy all
 
 recipe=$(dirname "$recipe_script")
-for part in pretrain finetune; do
-    steps=${part}_steps averaged=${part}_averaged
-    [ "${!averaged}" -ge 1 ] && [ "${!averaged}" -lt "${!steps}" ] ||
-        refuse "--$part-averaged is ${!averaged}, at least 1 and less than --$part-steps, ${!steps}, is needed"
-done
+need_average pretrain_steps pretrain_averaged "$repository/recipes/folder/conf/zipformer_logmel.toml"
+for system in ctc transducer; do need_average finetune_steps finetune_averaged "$recipe/conf/finetune/${system}_letters.toml"; done
 need_environment
 
 [[ $corpus_dir != *,* ]] || refuse "--corpus-dir is $corpus_dir, and a comma separates folders of audio; rename it, or name a link without a comma"

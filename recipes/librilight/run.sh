@@ -89,6 +89,10 @@ conf_of() {
     esac
 }
 
+for set in "${set_list[@]}"; do
+    for system in "${system_list[@]}"; do need_average "${system}_steps" finetune_averaged "$(conf_of "$set" "$system")"; done
+done
+
 # Stages of LibriSpeech's recipe, from $2 to $3, for set $1.
 librispeech() {
     local _set=$1 _from=$2 _to=$3 _folder=$out/finetune/$1 _sets

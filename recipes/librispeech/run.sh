@@ -97,6 +97,12 @@ done
 need_lists pretrain_sets finetune_sets dev_sets test_sets
 need_systems
 [ -z "$pretrained" ] || [ -z "$pretrained_labels" ] || refuse "--pretrained and --pretrained-labels are both given; nothing is pre-trained with the first"
+if [ "$init_weights" = average ] && [ -z "$pretrained" ]; then
+    [ -n "$pretrained_labels" ] || need_average pretrain1_steps pretrain_averaged "$pretrain1_conf"
+    need_average pretrain2_steps pretrain_averaged "$pretrain2_conf"
+fi
+[[ ,$systems, != *,ctc,* ]] || need_average ctc_steps finetune_averaged "$ctc_conf"
+[[ ,$systems, != *,transducer,* ]] || need_average transducer_steps finetune_averaged "$transducer_conf"
 need_environment
 
 # The words of a list with commas between them, one a line; `words` puts them into array `found`.

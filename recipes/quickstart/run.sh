@@ -8,6 +8,7 @@
 # 6 pre-training 2, 7 CTC, 8 transducer (both also from drawn weights), 9 averages, 10 language models and recognition, 11 scores, 12 tables.
 # What is finished is skipped, what was interrupted goes on. The last stage prints the tables and writes OUT/report/report.html.
 . "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../stages.sh"
 
 train_minutes=40  # of speech to train on
 dev_minutes=2  # of speech to choose by
@@ -27,6 +28,8 @@ need_whole_numbers pretrain1_steps pretrain2_steps finetune_steps averaged seed 
 need_one_of scratch True False
 
 recipe=$(dirname "$recipe_script")
+for number in 1 2; do need_average pretrain${number}_steps averaged "$recipe/conf/iteration$number.toml"; done
+for system in ctc transducer; do need_average finetune_steps averaged "$recipe/conf/finetune/$system.toml"; done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more would only wait for each other: the model is small
 
 if in_stages 0 "environment and corpus"; then

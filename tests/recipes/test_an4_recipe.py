@@ -105,6 +105,18 @@ def test_systems_with_few_transcripts_have_names_of_their_own_and_see_no_others(
             "--pretrain-averaged is 1800, at least 1 and less than --pretrain-steps, 1800",
         ),
         (["--corpus-dir", "x", "--finetune-averaged", "0"], "--finetune-averaged is 0, at least 1"),
+        (
+            ["--corpus-dir", "x", "--pretrain-steps", "30", "--pretrain-averaged", "10"],
+            "multiples of 20 (trainer.average_period of recipes/folder/conf/zipformer_logmel.toml), from 20 on; the next number of updates with which they do is 40;",
+        ),
+        (
+            ["--corpus-dir", "x", "--finetune-steps", "2010"],
+            "--finetune-averaged is 250 and --finetune-steps 2010: the average is taken between",
+        ),
+        (
+            ["--corpus-dir", "x", "--pretrain-steps", "30", "--pretrain-averaged", "20", "--dry-run"],
+            "between the checkpoints of updates 20 and 30,",
+        ),
         (["--corpus-dir", "x", "--finetune-steps", "many"], "--finetune-steps is many, a whole number"),
         (["--corpus-dir", "x", "--transcribed-minutes", "2.5"], "--transcribed-minutes is 2.5, a whole number"),
         (["--corpus-dir", "x", "--steps", "4"], "unknown option --steps"),

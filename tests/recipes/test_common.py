@@ -8,10 +8,18 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from k2ssl.train.trainer import TrainerConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -383,6 +391,98 @@ def test_training_keeps_the_checkpoint_behind_which_the_average_begins(staged: M
     assert "--trainer.max-steps" not in open_end and "--trainer.keep.keep-every|10|" in open_end
     refused = staged.run(*only(3), "--averaged", "20")
     assert refused.returncode == 2 and "averaged over the last 20 of 20 updates" in refused.stderr
+
+
+@pytest.fixture
+def averaging(tmp_path: Path) -> Made:
+    (tmp_path / "ten.toml").write_text("[trainer]  # average_period = 7\naverage_period = 1_0  # not 20\nmax_steps = 0\n")
+    (tmp_path / "long.json").write_text('{"trainer": {\n  "max_steps": 105,\n  "average_period": 10\n}}')
+    (tmp_path / "never.toml").write_text("[trainer]\naverage_period = 0\n")
+    return Made(tmp_path, 'need_average steps averaged "$size"\nif in_stages 3 "train"; then run_extra true; run echo trains; fi')
+
+
+@pytest.mark.parametrize(
+    ("steps", "averaged", "conf", "last", "next_one"),
+    [
+        ("30", "20", "twenty", "20 and 30", 40),  # nothing is added between the two
+        ("2010", "250", "twenty", "2000 and 2010", 2020),
+        ("30", "10", "twenty", "20 and 30", 40),
+        ("38", "19", "twenty", "19 and 38", 40),  # nor before the first
+        ("15", "8", "ten", "8 and 15", 20),
+        ("", "26", "long", "104 and 105", 110),
+    ],
+)
+def test_a_number_of_updates_over_whose_end_no_average_can_be_taken_is_refused_before_training(
+    averaging: Made, steps: str, averaged: str, conf: str, last: str, next_one: int
+) -> None:
+    (averaging.folder / "twenty.toml").write_text("[model]\n[trainer]\nmax_epochs = 3\naverage_period = 20")
+    path = averaging.folder / f"{conf}.{'json' if conf == 'long' else 'toml'}"
+    options = ["--averaged", averaged, "--size", path]
+    done = averaging.run("--steps", steps, *options)
+    assert done.returncode == 2 and not done.stdout and done.stderr.count("\n") == 1
+    assert f"--averaged is {averaged} and " in done.stderr and f"between the checkpoints of updates {last}, which must lie" in done.stderr
+    assert f"multiples of {20 if conf == 'twenty' else 10} (trainer.average_period of " in done.stderr
+    assert f"the next number of updates with which they do is {next_one};" in done.stderr
+    assert averaging.run("--steps", str(next_one), *options, "--dry-run").stdout == "true \necho trains \n"
+    assert averaging.run("--steps", str(next_one - 1), *options, "--dry-run").returncode == 2
+
+
+def test_numbers_of_updates_with_an_average_are_accepted(averaging: Made) -> None:
+    ten, long, never = (averaging.folder / name for name in ("ten.toml", "long.json", "never.toml"))
+    for options in (
+        ("--steps", "20", "--averaged", "10", "--size", ten),
+        ("--steps", "20", "--averaged", "5", "--size", ten),
+        ("--steps", "", "--averaged", "10", "--size", ten),  # its end is not known
+        ("--steps", "", "--averaged", "30", "--size", long),
+        ("--steps", "15", "--averaged", "8", "--size", averaging.folder / "not there yet.json"),
+        (*("--steps", "30", "--averaged", "20", "--size", f"{never},{ten}", *only(3)), "--", "--trainer.average-period", "5"),
+        (*("--steps", "32", "--averaged", "20", "--size", ten, *only(3)), "--", "--trainer.average_period=1"),
+    ):
+        done = averaging.run(*options)
+        assert (done.returncode, done.stdout) == (0, "trains\n"), done.stderr
+    for options, said in (
+        (("--steps", "20", "--averaged", "0", "--size", ten), "--averaged is 0, at least 1 and less than --steps, 20, is needed"),
+        (("--steps", "0", "--averaged", "1", "--size", ten), "--averaged is 1, at least 1 and less than --steps, 0, is needed"),
+        (("--steps", "", "--averaged", "200", "--size", long), "--averaged is 200, at least 1 and less than the number of updates of "),
+        (("--size", f"{ten},{never}"), "trainer.average_period is 0 in "),
+    ):
+        done = averaging.run(*options)
+        assert done.returncode == 2 and said in done.stderr
+
+
+def test_settings_are_read_from_every_configuration_as_the_programs_read_them(tmp_path: Path) -> None:
+    files = sorted(RECIPES.glob("*/conf/**/*.toml"))
+    shown = 'echo "$(_setting_of "$conf" average_period 200) $(_setting_of "$conf" max_steps 0)"'
+    made = Made(tmp_path, f'while IFS= read -r conf; do {shown}; done <"$size"\nif in_stages 1 "none"; then :; fi')
+    (tmp_path / "files").write_text("".join(f"{path}\n" for path in files))
+    defaults = TrainerConfig()
+    expected = []
+    for path in files:
+        trainer = tomllib.loads(path.read_text()).get("trainer", {})
+        found = (trainer.get(name, getattr(defaults, name)) for name in ("average_period", "max_steps"))
+        expected.append(" ".join(map(str, found)))
+    assert len(files) > 20 and made.run("--size", tmp_path / "files").stdout.splitlines() == expected
+
+
+def test_a_range_that_is_shorter_than_asked_for_is_said_before_training(staged: Made) -> None:
+    assert "run: the average will be over the last 5 updates, not 10, since checkpoints" in staged.run(*only(3), "--steps", "45").stderr
+    assert "the average will be" not in staged.run(*only(3), "--steps", "50").stderr
+
+
+def test_an_average_begins_earlier_where_a_run_of_unknown_length_ends_right_after_a_checkpoint(staged: Made) -> None:
+    run = staged.out / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (10, 20, 30, 40, 45):
+        (run / "checkpoints" / f"step-{step:09d}.pt").touch()
+    (run / "finished").touch()
+
+    def begins(period: int) -> int:
+        (run / "settings.json").write_text(f'{{\n  "trainer": {{\n    "average_period": {period}\n  }}\n}}\n')
+        words = staged.run(*only(4), "--steps", "").stdout.split("|")
+        return int(words[words.index("--start") + 1].removesuffix(".pt")[-9:])
+
+    assert [begins(period) for period in (5, 10, 20)] == [40, 30, 30]
+    assert begins(30) == 40  # there is none that would do
 
 
 def test_the_mean_is_taken_of_finished_runs_only_and_again_when_they_have_gone_on(staged: Made) -> None:

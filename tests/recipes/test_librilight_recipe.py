@@ -106,7 +106,7 @@ def called(shown: list[list[str]], script: str) -> list[list[str]]:
 
 
 def test_every_command_is_understood_by_its_program() -> None:
-    shown = commands("--finetune-sets", "10h,100h", "--lm", "3-gram.pruned.1e-7", "--ctc-steps", 10)
+    shown = commands("--finetune-sets", "10h,100h", "--lm", "3-gram.pruned.1e-7", "--ctc-steps", 2000)
     settings = [check([relative(word) for word in words]) for words in shown]
     (job,) = [found for found in settings if isinstance(found, Pretrain)]
     assert [Path(path).name for path in job.data.cuts] == ["cuts_small.jsonl.gz", "cuts_medium.jsonl.gz", "cuts_large.jsonl.gz"]
@@ -180,6 +180,10 @@ def test_several_machines_pre_train_through_torchrun(monkeypatch: pytest.MonkeyP
         (["--pretrain-conf", "none.toml"], "--pretrain-conf: there is no file none.toml"),
         (["--pretrain-steps", "many"], "--pretrain-steps is many, a whole number"),
         (["--nnodes", "2"], "only with one stage"),
+        (
+            ["--finetune-sets", "10min", "--ctc-steps", "5100"],
+            "--finetune-averaged is 1000 and --ctc-steps 5100: the average is taken between",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> None:

@@ -198,6 +198,11 @@ def test_language_models_and_scales_are_not_taken_for_those_of_other_settings(tm
     assert stage()[:2] == (0, ["decode", "decode"])
 
 
+def test_checkpoints_of_pretraining_may_lie_anywhere_where_no_average_is_taken_between_them() -> None:
+    for options in (["--pretrain2-steps", "20100"], ["--systems", "ctc", "--transducer-steps", "5100"]):
+        assert of("pretrain", commands(*options))
+
+
 def test_held_out_speakers_become_the_sets_to_develop_and_to_test_on() -> None:
     shown = commands("--corpus-dir", "LS", "--pretrain-sets", "train-clean-100", "--held-out-speakers", "26,27")
     assert between("--held-out-speakers", shown[0]) == ["26", "27"] and between("--parts", shown[0]) == ["train-clean-100"]
@@ -218,6 +223,16 @@ def test_held_out_speakers_become_the_sets_to_develop_and_to_test_on() -> None:
         (["--test-sets", ""], "--test-sets is empty"),
         (["--pretrained", "a.pt", "--pretrained-labels", "b"], "--pretrained and --pretrained-labels are both given"),
         (["--steps", "3"], "unknown option --steps"),
+        (
+            ["--ctc-steps", "5100"],
+            "--finetune-averaged is 1000 and --ctc-steps 5100: the average is taken between the checkpoints of updates 5000 and 5100",
+        ),
+        (["--transducer-steps", "1000"], "--finetune-averaged is 1000, at least 1 and less than --transducer-steps, 1000, is needed"),
+        (["--subset", "mini", "--pretrain2-steps", "210"], "--pretrain-averaged is 200 and --pretrain2-steps 210"),
+        (
+            ["--subset", "mini", "--pretrain-averaged", "2000"],
+            "less than the number of updates of recipes/folder/conf/zipformer_logmel.toml, 1800, is",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: list[str], said: str) -> None:

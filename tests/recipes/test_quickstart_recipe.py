@@ -98,3 +98,10 @@ def test_half_a_corpus_is_not_taken_and_its_stage_is_one_of_this_recipe(tmp_path
 def test_a_stage_without_its_inputs_names_the_stage_that_makes_them(tmp_path: Path) -> None:
     done = quickstart(tmp_path / "none", "--stage", "7", "--stop-stage", "7")
     assert done.returncode == 1 and "cuts_train-clean-quick.jsonl.gz" in done.stderr and "stage 1 makes it" in done.stderr
+
+
+@pytest.mark.parametrize("steps", ["pretrain1-steps", "pretrain2-steps", "finetune-steps"])
+def test_steps_over_whose_end_no_average_can_be_taken_are_refused_before_anything_runs(tmp_path: Path, steps: str) -> None:
+    done = quickstart(tmp_path / "exp", f"--{steps}", "25", "--averaged", "12")
+    assert done.returncode == 2 and not (tmp_path / "exp").exists()
+    assert f"--averaged is 12 and --{steps} 25: the average is taken between the checkpoints of updates 24 and 25" in done.stderr
