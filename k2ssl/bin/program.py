@@ -12,13 +12,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from k2ssl.bin.interruption import interruptible
 from k2ssl.config import ConfigError, load
 
 Config = TypeVar("Config")
@@ -42,7 +40,7 @@ def run_program(main: Callable[[Config], None], cls: type[Config], argv: Sequenc
     _log_to_stderr()
     rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
-        with _terminated_like_interrupted():
+        with interruptible():
             main(load(cls, argv, program=f"python -m k2ssl.bin.{program}", description=description))
     except ConfigError as error:
         print(f"{program}{rank}: {one_line(error)}", file=sys.stderr)
@@ -82,19 +80,6 @@ def _for_people(error: Exception) -> str | None:
             f"{one_line(error)} A process that reads data was ended from outside, as systems do that run out of memory; lower num_workers"
         )
     return one_line(error) if is_out_of_memory(error) else None
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which a scheduler sends that wants the machine back, is treated like Ctrl-C: programs save what they have."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _log_to_stderr() -> None:
