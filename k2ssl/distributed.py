@@ -166,9 +166,7 @@ class OtherRankError(RuntimeError):
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an exchange failed because of another process, which has most often ended with a message of its own: as gloo and NCCL tell it."""
-    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    )
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 @contextmanager

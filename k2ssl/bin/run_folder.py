@@ -100,7 +100,7 @@ def record_settings(output: Path, job: Any) -> None:
     it was said of those of one start, not of all that may come."""
     writable_folder(output)
     with atomic_file(output / SETTINGS) as file:
-        file.write(dump(replace(job, accept_changes=False)).encode())
+        file.write(dump(replace(job, accept_changes=False) if hasattr(job, "accept_changes") else job).encode())
 
 
 def check_disk(trainer: Trainer, output: Path, expected_steps: int) -> str:

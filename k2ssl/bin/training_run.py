@@ -262,8 +262,8 @@ class Run:
         """Try what could fail, then train to the end."""
         trainer, output = self.trainer, Path(self.job.output)
         changes = [] if start.checkpoint is None else self._go_on(start.checkpoint, start.changes)
+        self._check_validation()
         with refusing():
-            self._check_validation()
             if distributed.is_main():
                 say(check_disk(trainer, output, self.expected_steps))
         if self.job.preflight.run and (start.checkpoint is None or changes):
@@ -283,15 +283,16 @@ class Run:
             say(*told_at_end(trainer, output, before))
 
     def _check_validation(self) -> None:
-        """ValueError where the validation data give no batch, lest that be found when a thousand steps have been trained."""
+        """ConfigError where the validation data give no batch, lest that be found when a thousand steps have been trained."""
         if self.valid_loader is None:
             return
-        has_one = torch.tensor(int(next(self.valid_loader.requests(), None) is not None))
+        with refusing():
+            has_one = torch.tensor(int(next(self.valid_loader.requests(), None) is not None))
         if not distributed.all_reduce_sum(has_one):
             together = (
                 "" if self.job.trainer.sharding == "none" else f", of which every one of the {distributed.world_size()} ranks needs one"
             )
-            raise ValueError(f"data.valid_cuts give no batch{together}; see data.min_seconds and max_seconds, or leave them out")
+            raise ConfigError(f"data.valid_cuts give no batch{together}; see data.min_seconds and max_seconds, or leave them out")
 
     def _go_on(self, checkpoint: Path, changes: tuple[str, ...]) -> list[str]:
         """Go on from a checkpoint, with the settings of now; returns what has changed, which people have been told then."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from k2ssl.train.tuner import tune
 
 if TYPE_CHECKING:
     from k2ssl.bin.training_run import Run
+    from k2ssl.data.audio_dataset import Request
     from k2ssl.data.loader import BatchLoader
 
 _WARM_UP = 5  # steps that are not timed: the first ones allocate memory and choose kernels
@@ -67,8 +68,24 @@ def measure_worst(trainer: Trainer, loader: BatchLoader[Any], most_batches: int,
     from k2ssl.data.worst_batches import worst_requests
 
     worst = worst_requests(loader, most_batches)
-    updates = ((name, [loader.read(request)] * trainer.plan.accumulation) for name, request in worst.items())
+    updates = ((name, [_readable(loader, request, worst.values())] * trainer.plan.accumulation) for name, request in worst.items())
     return preflight(trainer, updates, sample_rate=trainer.sample_rate, limit_bytes=limit_bytes)
+
+
+def _readable(loader: BatchLoader[Any], request: Request, others: Iterable[Request]) -> Any:
+    """The batch of a request; where nothing of it can be read, that of another one, since every rank makes as many updates.
+
+    Raises:
+        ValueError: none of them can be read.
+    """
+    refused: ValueError | None = None
+    for one in (request, *others):
+        try:
+            return loader.read(one)
+        except ValueError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def estimate(trainer: Trainer, loader: BatchLoader[Any], expected_steps: int) -> list[str]:

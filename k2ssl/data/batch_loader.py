@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import repeat
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 import torch
@@ -239,27 +238,32 @@ class BatchLoader(Generic[B]):
         sampler = self._sampler(self.intake)
         digests: deque[int] = deque()
         before: B | None = None
-        missed = owed = 0  # batches in a row of which nothing could be read, and those of them that nothing stood in for
+        waiting: list[int] = []  # digests of the requests that nothing was handed out for yet
         for loaded in self._data_loader(self._remaining(sampler, digests)):
-            self._consumed += 1
-            self._digest = digests.popleft()
+            waiting.append(digests.popleft())
             self._tell(loaded.failures)
             if loaded.batch is not None:
-                yield from repeat(loaded.batch, 1 + owed)
-                before, missed, owed = loaded.batch, 0, 0
-            elif self.sampling.drop_incomplete:  # ranks must not fall out of step: a neighbour stands in
-                missed += 1
-                self._tell_of_nothing(loaded.failures, missed)
-                if before is None:
-                    owed += 1
-                else:
-                    yield before
-        if owed:
-            raise ValueError(f"epoch {self.epoch}: nothing could be read from batch {self._consumed - owed} on, of {self._consumed}")
+                yield from self._hand_out(loaded.batch, waiting)
+                before, waiting = loaded.batch, []
+            elif self.sampling.drop_incomplete:  # ranks must not fall out of step: the batch that follows stands in
+                self._tell_of_nothing(loaded.failures, self._consumed + len(waiting) - 1, len(waiting))
+            else:
+                self._consumed, self._digest, waiting = self._consumed + 1, waiting[0], []
+        if before is not None:  # none followed
+            yield from self._hand_out(before, waiting)
+        elif waiting and not self._consumed:
+            raise ValueError(f"epoch {self.epoch}: nothing could be read of any of its {len(waiting)} batches")
         self._say_what_is_missing(sampler)
 
-    def _tell_of_nothing(self, failures: Sequence[tuple[str, str]], missed: int) -> None:
-        what = f"batch {self._consumed - 1} of epoch {self.epoch}: none of its cuts could be read: {_first_of(failures)}"
+    def _hand_out(self, batch: B, digests: Iterable[int]) -> Iterator[B]:
+        """The batch once for each request, which the state counts one by one: a loader that goes on in between does the same."""
+        for digest in digests:
+            self._consumed += 1
+            self._digest = digest
+            yield batch
+
+    def _tell_of_nothing(self, failures: Sequence[tuple[str, str]], number: int, missed: int) -> None:
+        what = f"batch {number} of epoch {self.epoch}: none of its cuts could be read: {_first_of(failures)}"
         if missed > _MOST_MISSED:
             raise ValueError(f"{what}; nor could those of the {missed - 1} batches before it")
         _log.error("%s; a neighbouring batch stands in for it", what)

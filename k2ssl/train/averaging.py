@@ -39,14 +39,9 @@ class RunningAverage:
         """Call after optimizer step number `step`, counted from 1; acts at multiples of the period, and waits for the device then.
 
         `model` is the module, or its `state_dict` put together where it is sharded.
-
-        Raises:
-            ValueError: `step` is not after the last update: older weights would be counted negatively.
         """
         if step == 0 or step % self.period:
             return
-        if step <= self.step:
-            raise ValueError(f"RunningAverage.update: step is {step}, after that of the last update, {self.step}, is needed")
         weight = (step - self.step) / step  # 1 the first time, whatever the step: the weights before it are not known
         for name, value in _tensors(model).items():
             average = self._average[name]

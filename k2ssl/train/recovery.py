@@ -119,7 +119,7 @@ def _roll_back(trainer: Trainer, verdict: Verdict) -> None:
         raise DivergedError(f"training diverged at step {first_bad}, and there is no folder with checkpoints to go back to")
     path = None
     if trainer.checkpoints is not None:
-        trainer.checkpoints.wait()
+        # waits for the one that is being written, and knows of it if that fails: the save below then says whether there is room again.
         # dropped steps leave no harm in the weights, and of a collapse a later roll-back may do better: any checkpoint is better than none
         path = trainer.checkpoints.latest(before=first_bad) or trainer.checkpoints.latest()
     path = distributed.broadcast_object(path)

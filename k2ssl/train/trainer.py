@@ -39,7 +39,7 @@ from k2ssl.train.sharding import full_state, is_sharded
 from k2ssl.train.state import Progress, checkpoint_content, go_on_reading, load_checkpoint_content, load_local_state, local_state
 from k2ssl.train.stop import StopRequest
 from k2ssl.train.update import Moment, Normalization, Sharding, Update
-from k2ssl.train.validation import validate, validate_once
+from k2ssl.train.validation import is_time_to_validate, validate, validate_once
 
 _log = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ class Trainer:
         self.recent: list[Made] = []  # the last two updates, to look into when one of them turns out bad
         self.meter = Meter(self.progress.step)
         self.validated, self.saved, self._resumed = -1, -1, -1  # the last steps that were
+        self.score: float | None = None  # of the step that was validated; None: its checkpoint has it
 
     def fit(self, loader: Loader, valid_loader: Iterable[Batch] | None = None) -> bool:
         """Train to the end.
@@ -176,7 +177,7 @@ class Trainer:
             log_folder,
             total_steps=total,
             resumed_at=self.progress.step,
-            validated=self.validated == self.progress.step,
+            validated=valid_loader is None or self.validated == self.progress.step or not (is_time_to_validate(self) or self._is_over()),
             quiet=self.quiet,
             tensorboard=self.config.tensorboard,
         )
@@ -221,13 +222,14 @@ class Trainer:
         """Means over all batches of all ranks; empty if a signal came meanwhile. See `k2ssl.train.validation`."""
         return validate(self, loader)
 
-    def save(self, score: float | None = None) -> None:
-        """Write a checkpoint; called by all ranks. `score` is that of the validation at this step."""
+    def save(self) -> None:
+        """Write a checkpoint, with the score of the step if it was validated; called by all ranks."""
         self.count_audio()
         if self.folder is None:
             return
         self.saved = self.progress.step
         content = checkpoint_content(self)
+        score = self.score if self.validated == self.saved else None
         with distributed.failing_together():
             if self.checkpoints is not None:
                 self.checkpoints.save(self.progress.step, content, score)
@@ -256,7 +258,7 @@ class Trainer:
         self.saved = self._resumed = step = self.progress.step
         self.meter = Meter(step)
         if distributed.broadcast_object(self.checkpoints is not None and self.checkpoints.has_score(step)):
-            self.validated = step
+            self.validated, self.score = step, None
         return self.plan.changes(content["plan"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,7 +275,7 @@ class Trainer:
     def _run(self, loader: Loader, valid_loader: Iterable[Batch] | None) -> None:
         prepare_folder(self, resumed=self._resumed == self.progress.step)
         self.meter = Meter(self.progress.step)
-        if self.progress.step and self._is_time_to_validate():
+        if self.progress.step and is_time_to_validate(self):
             validate_once(self, valid_loader)  # what went before may have ended in it
         while not self._is_over():
             loader.set_epoch(self.progress.epoch)
@@ -302,9 +304,6 @@ class Trainer:
         config, progress = self.config, self.progress
         return progress.epoch >= config.max_epochs or 0 < config.max_steps <= progress.step
 
-    def _is_time_to_validate(self) -> bool:
-        return self.config.valid_every > 0 and self.progress.step % self.config.valid_every == 0
-
     def _updates(self, loader: Loader) -> Iterator[list[Batch]]:
         """The micro-batches of one update after the other, as many on every rank as on the one that has fewest."""
         batches = iter(loader)
@@ -331,7 +330,7 @@ class Trainer:
             return  # rolled back: the step is another one now
         if step % config.keep.save_every == 0:
             self.save()  # before a validation, during which launchers may lose patience with a signal unanswered
-        if self._is_time_to_validate():
+        if is_time_to_validate(self):
             validate_once(self, valid_loader)
 
     def _log_step(self) -> Verdict:

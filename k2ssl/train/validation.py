@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from k2ssl.train.trainer import Trainer
 
 
+def is_time_to_validate(trainer: Trainer) -> bool:
+    """Whether the present step is one after which the settings want a validation."""
+    every = trainer.config.valid_every
+    return every > 0 and trainer.progress.step % every == 0
+
+
 def validate_once(trainer: Trainer, loader: Iterable[Batch] | None) -> None:
     """Validate the trainer's present step and log it, unless that was done or there is nothing to validate with. The step's checkpoint gets
     the score; where there is none, it is written if the score is among the best. Called by all ranks."""
@@ -31,7 +37,8 @@ def validate_once(trainer: Trainer, loader: Iterable[Batch] | None) -> None:
     if not values:
         trainer.stopping = True  # whoever goes on validates first
         return
-    trainer.validated, score = step, values[trainer.score_by]
+    trainer.validated, trainer.score = step, values[trainer.score_by]
+    score = trainer.score
     if trainer.log is not None:
         trainer.log.valid(step, values)
     if trainer.saved == step:
@@ -39,7 +46,7 @@ def validate_once(trainer: Trainer, loader: Iterable[Batch] | None) -> None:
             if checkpoints is not None:
                 checkpoints.rate(step, score)
     elif distributed.broadcast_object(checkpoints is not None and checkpoints.is_among_best(score)):
-        trainer.save(score)
+        trainer.save()
 
 
 @torch.no_grad()
@@ -70,7 +77,8 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
                     if evaluation is not None:
                         evaluation.add(moved)
                 count += 1
-                if stopped := trainer.stop.requested and net is model:
+                stopped = trainer.stop.requested and not is_sharded(net)
+                if stopped:
                     break
     finally:
         model.train()

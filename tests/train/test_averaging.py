@@ -95,17 +95,6 @@ def test_nothing_happens_between_the_steps_that_are_sampled_nor_at_step_0() -> N
     assert average.step == 4
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_an_average_does_not_go_back(step: int) -> None:
-    model = nn.Linear(2, 2)
-    average = RunningAverage(model, period=2)
-    average.update(model, 4)
-    before = {name: value.clone() for name, value in average.state_dict()["model"].items()}
-    with pytest.raises(ValueError, match=f"step is {step}, after that of the last update, 4, is needed"):
-        average.update(model, step)
-    assert all(torch.equal(value, before[name]) for name, value in average.state_dict()["model"].items())
-
-
 def test_the_average_stays_float64_where_float32_would_lose_it() -> None:
     model = nn.Linear(1, 1, bias=False)
     average = RunningAverage(model, 1)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from k2ssl.train import checkpoint
 from k2ssl.train.checkpoint import KeepConfig, load_checkpoint
 from k2ssl.train.guard import Guard, GuardConfig
 from k2ssl.train.loss_scale import LossScale
@@ -203,6 +204,23 @@ def test_a_roll_back_without_any_checkpoint_is_a_stop_that_says_so(toy: Any, tmp
     with pytest.raises(DivergedError, match=r"at step 4, and there is no checkpoint in .* to go back to"):
         trainer.fit(loader)
     assert handed_out
+
+
+def test_a_roll_back_goes_past_a_checkpoint_that_could_not_be_written(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, failed = checkpoint.save_atomically, []
+
+    def full(path: Path, *arguments: Any) -> None:
+        if "000004" in path.name and not failed:
+            failed.append(path)
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save_atomically", full)
+    config = toy.make_config(8, keep=KeepConfig(save_every=2, keep_last=9), guard=GuardConfig(max_skipped=2))
+    trainer = toy.make_trainer(tmp_path, config)
+    assert trainer.fit(toy.ToyLoader(20, poisoned=(9, 11)))
+    assert failed and trainer.guard.rollbacks == 1
+    assert "rolled back to step 2" in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_later_checkpoints_stay_until_training_begins(toy: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from k2ssl.optim.build import OptimConfig
 from k2ssl.train import checkpoint
 from k2ssl.train.checkpoint import KeepConfig, load_checkpoint, step_of
 from k2ssl.train.guard import Guard
+from k2ssl.train.logger import TrainingLog
 from k2ssl.train.loss_scale import LossScale
 from k2ssl.train.state import load_checkpoint_content
 from k2ssl.train.update import Moment, draws_of
@@ -382,6 +383,35 @@ class _Telling:
         for batch in self.batches:
             self.tell()
             yield batch
+
+
+@pytest.mark.parametrize("last", [6, 7])
+def test_a_step_that_was_validated_keeps_its_score_whenever_it_is_saved(toy: Any, tmp_path: Path, last: int) -> None:
+    config = toy.make_config(last, valid_every=3, keep=KeepConfig(save_every=4, keep_best=0))
+    trainer, valid = toy.make_trainer(tmp_path, config), TrainingLog.valid
+
+    def stopping(log: TrainingLog, step: int, values: Any) -> None:
+        valid(log, step, values)
+        trainer.stop.requested = last == 7 and step == 6  # the checkpoint of step 6 is written for the signal alone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLog, "valid", stopping)
+        assert trainer.fit(toy.ToyLoader(), [toy.batch(100)]) is (last == 6)
+    assert trainer.checkpoints.has_score(6)
+    again, loader, read = toy.make_trainer(tmp_path, config), toy.ToyLoader(), []
+    again.resume(again.checkpoints.latest(), loader)
+    again.fit(loader, _Telling([toy.batch(100)], lambda: read.append(again.progress.step)))
+    assert read == ([] if last == 6 else [7])
+    assert [step for step, _ in _losses(tmp_path, "valid")] == ([3, 6] if last == 6 else [3, 6, 7])
+
+
+def test_who_validates_at_other_steps_now_keeps_what_is_in_the_log(toy: Any, tmp_path: Path) -> None:
+    toy.make_trainer(tmp_path, toy.make_config(4, valid_every=4, keep=KeepConfig(save_every=4))).fit(toy.ToyLoader(), [toy.batch(100)])
+    (tmp_path / "checkpoints" / "scores.json").unlink()
+    again, loader = toy.make_trainer(tmp_path, toy.make_config(6, valid_every=3)), toy.ToyLoader()
+    again.resume(again.checkpoints.latest(), loader)
+    again.fit(loader, [toy.batch(100)])
+    assert [step for step, _ in _losses(tmp_path, "valid")] == [4, 6]
 
 
 def test_steps_that_come_again_after_a_roll_back_are_validated_again(toy: Any, tmp_path: Path) -> None:

@@ -77,6 +77,19 @@ def test_two_processes_killed_in_mid_epoch_go_on_bit_by_bit(straight: Path, curv
     assert len(sessions) == 2
 
 
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_signal_to_one_rank_during_a_validation_stops_all_and_the_run_goes_on(tmp_path: Path, sharding: str) -> None:
+    options = ("--steps", "3", "--save-every", "2", "--valid-every", "2", "--sharding", sharding)
+    assert run(tmp_path, *options, "--stopped-rank", "1").returncode == 1  # torchrun's own, of ranks that end with 130
+    scores = tmp_path / "checkpoints/scores.json"
+    assert (tmp_path / "checkpoints/step-000000002.pt").is_file()
+    assert scores.exists() is (sharding == "fsdp"), "ranks that share a model out compute a validation together, to its end"
+    done = run(tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [2, 3] and len(json.loads(scores.read_text())) == 2
+
+
 def test_sigterm_to_the_launcher_writes_a_checkpoint_on_the_same_step_of_all_ranks(straight: Path, curve: Curve, tmp_path: Path) -> None:
     process = subprocess.Popen(command(tmp_path, "--steps", "20"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     metrics = tmp_path / "metrics.jsonl"

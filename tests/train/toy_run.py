@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -77,6 +79,19 @@ class ToyLoader:
             yield made
 
 
+class StoppingLoader:
+    """Three batches to validate; before the second of them comes SIGTERM, if this rank is to get it."""
+
+    def __init__(self, rank: int, is_stopped: bool) -> None:
+        self.rank, self.is_stopped = rank, is_stopped
+
+    def __iter__(self) -> Iterator[PretrainBatch]:
+        for number in range(3):
+            if number == 1 and self.is_stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch(100 + 2 * number + self.rank)
+
+
 class MeanModel(nn.Module):
     """The smallest model of the contract: predicts the mean of each utterance's audio; its gradients can be written down."""
 
@@ -145,6 +160,8 @@ def main() -> int:
     parser.add_argument("--sharding", default="none")
     parser.add_argument("--optimizer", default="scaled_adam")
     parser.add_argument("--poisoned", type=int, nargs="*", default=[])
+    parser.add_argument("--valid-every", type=int, default=0)
+    parser.add_argument("--stopped-rank", type=int, default=-1, help="this rank gets SIGTERM during a validation")
     parser.add_argument("--max-skipped", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,6 +170,7 @@ def main() -> int:
             options.steps,
             keep=KeepConfig(save_every=options.save_every),
             sharding=options.sharding,
+            valid_every=options.valid_every,
             guard=GuardConfig(max_skipped=options.max_skipped),
         )
         optim = OptimConfig() if options.optimizer == "scaled_adam" else OptimConfig(name="adamw", lr=1e-3)
@@ -163,7 +181,7 @@ def main() -> int:
         found = distributed.broadcast_object(found)
         if found is not None:
             print(trainer.resume(found, loader))
-        done = trainer.fit(loader)
+        done = trainer.fit(loader, StoppingLoader(rank, rank == options.stopped_rank) if options.valid_every else None)
         torch.save(
             [weights.clone() for weights in trainer.model.state_dict().values()] if options.sharding == "none" else [],
             options.folder / f"weights-{rank}.pt",
