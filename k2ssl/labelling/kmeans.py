@@ -41,9 +41,8 @@ from k2ssl.labelling.nearest import Centres, sums_by_label
 
 __all__ = ["KMeans", "KMeansConfig", "Progress", "fit_kmeans"]
 
-_LEAST_GAIN = (
-    1e-5  # of the inertia, by a pass over all frames: 10 to 90 passes on MFCC, up to 0.4 % above scikit-learn's best of ten KMeans
-)
+# of the inertia, by a pass over all frames: 10 to 90 passes on MFCC, up to 0.4 % above scikit-learn's best of ten KMeans
+_LEAST_GAIN = 1e-5
 _FEW_BATCHES = 2  # so many of a corpus are kept where they are more than the sample: mini-batches come to an end where an epoch has three
 
 
@@ -201,9 +200,8 @@ class _Fit:
             if state.smoothed > 0 and not used.all():
                 self._reseed(state, (~used).nonzero().squeeze(1), frames)
             elif before is not None and before - state.smoothed <= _LEAST_GAIN * before:
-                state.no_improvement = (
-                    self.config.max_no_improvement
-                )  # further passes would hardly change anything: they see the same frames
+                # further passes would hardly change anything: they see the same frames
+                state.no_improvement = self.config.max_no_improvement
             self._done_one(state, stream, state.batches * len(frames))
 
     def _goes_on(self, state: _State) -> bool:
