@@ -9,18 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from torch import Tensor
 
-from k2ssl.bin import fit_kmeans, label
+from k2ssl.bin import label
 from k2ssl.bin.cluster_cuts import SkippedCuts, read_skipped
 from k2ssl.bin.cluster_features import HiddenConfig, build_features
 from k2ssl.data.cuts import read_cuts
 from k2ssl.data.labels import LabelStore
-from k2ssl.data.prepare_cuts import prepare_folder
 from k2ssl.labelling import assign, kmeans_sample
 from k2ssl.labelling.corpus_parts import part_of
 from k2ssl.labelling.kmeans_model import KMeans
@@ -29,25 +26,12 @@ from k2ssl.models.load import load_model, save_model
 from k2ssl.models.transformer import TransformerConfig
 from k2ssl.structure import to_dict
 from k2ssl.train.ledger import total
-
-RATE = 16000
-READ = ["--loader.num-workers", "0", "--loader.max-duration", "1", "--device", "cpu", "--quiet", "True"]
-SMALL = ["--kmeans.num-clusters", "4", "--kmeans.batch-frames", "200", "--kmeans.max-batches", "10", "--kmeans.num-restarts", "2", *READ]
+from tests.bin.small_fit import READ, fit, sixteen_sounds
 
 
 @pytest.fixture
 def cuts(tmp_path: Path) -> Path:
-    """Sixteen sounds of half a second."""
-    draw, audio = np.random.default_rng(0), tmp_path / "audio"
-    audio.mkdir()
-    for i in range(16):
-        soundfile.write(audio / f"u{i:02d}.wav", 0.1 * draw.standard_normal(RATE // 2), RATE)
-    prepare_folder(audio, tmp_path, split="all", progress=False)
-    return tmp_path / "cuts_all.jsonl.gz"
-
-
-def fit(cuts: Path, output: Path, *options: str) -> int:
-    return fit_kmeans.main(["--cuts", str(cuts), "--output", str(output), *SMALL, *options])
+    return sixteen_sounds(tmp_path)
 
 
 def label_command(cuts: Path, kmeans: Path, output: Path) -> list[str]:

@@ -8,37 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 from k2ssl.bin import fit_kmeans
 from k2ssl.bin.cluster_cuts import SkippedCuts
 from k2ssl.data.cuts import read_cuts, write_cuts
-from k2ssl.data.prepare_cuts import prepare_folder
 from k2ssl.labelling import assign, kmeans
 from k2ssl.labelling.corpus_parts import part_of
 from k2ssl.labelling.kmeans_model import KMeans
 from k2ssl.train.ledger import total
-
-RATE = 16000
-SMALL = ["--kmeans.num-clusters", "4", "--kmeans.batch-frames", "200", "--kmeans.max-batches", "10", "--kmeans.num-restarts", "2"]
-SMALL += ["--loader.num-workers", "0", "--loader.max-duration", "1", "--device", "cpu", "--quiet", "True"]
+from tests.bin.small_fit import SMALL, fit, sixteen_sounds
 
 
 @pytest.fixture
 def cuts(tmp_path: Path) -> Path:
-    """Sixteen sounds of half a second."""
-    draw, audio = np.random.default_rng(0), tmp_path / "audio"
-    audio.mkdir()
-    for i in range(16):
-        soundfile.write(audio / f"u{i:02d}.wav", 0.1 * draw.standard_normal(RATE // 2), RATE)
-    prepare_folder(audio, tmp_path, split="all", progress=False)
-    return tmp_path / "cuts_all.jsonl.gz"
-
-
-def fit(cuts: Path, output: Path, *options: str) -> int:
-    return fit_kmeans.main(["--cuts", str(cuts), "--output", str(output), *SMALL, *options])
+    return sixteen_sounds(tmp_path)
 
 
 def interrupt(cuts: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
