@@ -116,8 +116,9 @@ class Run(TrainingRun):
     def check_start(cls, start: Start) -> None:
         """
         Raises:
-            ValueError: the checkpoint's tokens are others, so that its heads mean something else.
+            ValueError: the checkpoint's tokens are others, so that its heads mean something else; see also `Run.check_start`.
         """
+        super().check_start(start)
         for text in start.changes:
             if text.startswith("lineage.tokenizer_sha256 "):
                 raise ValueError(f"{start.checkpoint}: of a run with another tokenizer: {text}; only its encoder can be used, by --init")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from k2ssl.train.ledger import total
 from k2ssl.train.trainer import Trainer, TrainerConfig
 
 SETTINGS = "settings.json"
-_MOVABLE = ("optim.lr ", "optim.lr_scales")  # settings of the optimizer that a run can go on with
 _LINEAGE = "lineage"  # beside the settings in a checkpoint: where labels or tokens come from
 
 
@@ -78,11 +77,6 @@ def find_start(
             f"{found}: of a run with other settings: {'; '.join(changes)}. Choose another output folder, or go on with the new settings by "
             "--accept-changes True"
         )
-    if stuck := [text for text in changes if text.startswith("optim.") and not text.startswith(_MOVABLE)]:
-        raise ValueError(
-            f"{found}: {'; '.join(stuck)}; that is part of the optimizer's state, and only its rates (optim.lr, optim.lr_scales) can be "
-            "changed within a run: choose another output folder"
-        )
     return Start(found, changes)
 
 
@@ -96,11 +90,10 @@ def _completed(saved: Mapping[str, Any], kind: type[Any]) -> Mapping[str, Any]:
 
 
 def record_settings(output: Path, job: Any) -> None:
-    """`settings.json`: every setting, defaults written out, in a form that the program reads back. That changes were accepted is left out:
-    it was said of those of one start, not of all that may come."""
+    """`settings.json`: every setting, defaults written out, in a form that the program reads back."""
     writable_folder(output)
     with atomic_file(output / SETTINGS) as file:
-        file.write(dump(replace(job, accept_changes=False) if hasattr(job, "accept_changes") else job).encode())
+        file.write(dump(job).encode())
 
 
 def check_disk(trainer: Trainer, output: Path, expected_steps: int) -> str:

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -69,6 +69,8 @@ MAY_CHANGE = (
     "trainer.guard",
     "trainer.tensorboard",
 )
+
+_RATES = ("optim.lr ", "optim.lr_scales")  # beginnings of changes that the optimizer goes on with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,16 @@ class Run:
 
     @classmethod
     def check_start(cls, start: Start) -> None:
-        """Refuse, with a `ValueError`, changes that make no sense for this program even where the user accepts them."""
+        """Refuse changes that make no sense for this program even where the user accepts them.
+
+        Raises:
+            ValueError: of the optimizer, anything but its rates.
+        """
+        if stuck := [text for text in start.changes if text.startswith("optim.") and not text.startswith(_RATES)]:
+            raise ValueError(
+                f"{start.checkpoint}: {'; '.join(stuck)}; that is part of the optimizer's state, and only its rates (optim.lr, "
+                "optim.lr_scales) can be changed within a run: choose another output folder"
+            )
 
     @classmethod
     def initialise(cls, job: Any, model: Any) -> list[str]:
@@ -273,7 +284,8 @@ class Run:
                 raise ConfigError(str(error)) from error
         with distributed.failing_together():
             if distributed.is_main():
-                record_settings(output, self.job)
+                # that changes were accepted was said of those of this start, not of all that may come
+                record_settings(output, replace(self.job, accept_changes=False))
                 begin_card(output, self.program, to_dict(self.job), sys.orig_argv, self.num_parameters())
         before = trainer.progress.step
         if not trainer.fit(self.train_loader, self.valid_loader):
@@ -303,7 +315,7 @@ class Run:
             found = trainer.resume(checkpoint, _ByCount(self.train_loader) if by_count else self.train_loader, checked=True)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if any(text.startswith("optim.lr") for text in changes):
+        if any(text.startswith(_RATES) for text in changes):
             for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
                 group["initial_lr"] = rate * trainer.guard.lr_factor
         say(*(f"note: {text}" for text in [*changes, *found]))

@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from k2ssl import distributed
 from k2ssl.labelling.features import Scalar
 from k2ssl.labelling.kmeans_model import read_checked
@@ -51,7 +49,7 @@ def identity(config: KMeansConfig, description: Mapping[str, Scalar], stream: Ma
 
 def is_begun(checkpoint: Path) -> bool:
     """Whether rank 0 finds that the centres have begun to move; the same answer on every rank."""
-    return bool(distributed.broadcast(torch.tensor(int(checkpoint.exists()))).item())
+    return bool(distributed.broadcast_object(checkpoint.exists()))
 
 
 def check_progress(checkpoint: Path, identity: Mapping[str, Any], begun: bool) -> None:

@@ -276,7 +276,9 @@ class Clock:
         for device in self._generators.keys() - snapshot.generators.keys():
             del self._generators[device]  # it was made later; `generator` makes it again as it did then
         for device, state in snapshot.generators.items():
-            self._generators.setdefault(device, torch.Generator(device)).set_state(state)
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device)
+            self._generators[device].set_state(state)
 
     def _wait_for_copy(self) -> None:
         if self._copy is not None and self._copy[1] is not None:

@@ -18,7 +18,7 @@ class StopRequest:
     A scheduler sends SIGTERM some seconds before it takes the machine back: time to finish the step and write a checkpoint.
 
     Attributes:
-        requested: whether such a signal has come.
+        requested: whether such a signal has come; forgotten at the end of the block.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,6 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self.requested = False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -37,6 +36,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
+        self.requested = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:

@@ -37,8 +37,8 @@ def validate_once(trainer: Trainer, loader: Iterable[Batch] | None) -> None:
     if not values:
         trainer.stopping = True  # whoever goes on validates first
         return
-    trainer.validated, trainer.score = step, values[trainer.score_by]
-    score = trainer.score
+    score = values[trainer.score_by]
+    trainer.validated, trainer.score = step, score
     if trainer.log is not None:
         trainer.log.valid(step, values)
     if trainer.saved == step:
@@ -60,7 +60,8 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
         ValueError: there is no batch.
     """
     model, clock = trainer.model, trainer.model.clock
-    net = trainer.update.parallel if is_sharded(trainer.update.parallel) else model
+    sharded = is_sharded(trainer.update.parallel)
+    net = trainer.update.parallel if sharded else model
     before: Any = clock.state_dict()  # type: ignore[union-attr]
     metrics = MetricSums(trainer.device)
     evaluation = trainer.evaluation() if trainer.evaluation is not None else None
@@ -77,7 +78,7 @@ def validate(trainer: Trainer, loader: Iterable[Batch]) -> dict[str, float]:
                     if evaluation is not None:
                         evaluation.add(moved)
                 count += 1
-                stopped = trainer.stop.requested and not is_sharded(net)
+                stopped = trainer.stop.requested and not sharded
                 if stopped:
                     break
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from k2ssl.bin.cluster_cuts import SkippedCuts, read_skipped
 from k2ssl.bin.cluster_features import HiddenConfig, build_features
 from k2ssl.data.cuts import read_cuts
 from k2ssl.data.labels import LabelStore
-from k2ssl.labelling import assign, kmeans_sample
+from k2ssl.labelling import kmeans_sample
 from k2ssl.labelling.corpus_parts import part_of
 from k2ssl.labelling.kmeans_model import KMeans
 from k2ssl.models.hubert import HubertConfig, HubertModel
@@ -26,7 +26,7 @@ from k2ssl.models.load import load_model, save_model
 from k2ssl.models.transformer import TransformerConfig
 from k2ssl.structure import to_dict
 from k2ssl.train.ledger import total
-from tests.bin.small_fit import READ, fit, sixteen_sounds
+from tests.bin.small_fit import READ, fit, ids_read, sixteen_sounds
 
 
 @pytest.fixture
@@ -39,17 +39,8 @@ def label_command(cuts: Path, kmeans: Path, output: Path) -> list[str]:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The ids of the cuts whose features were computed."""
-    ids: list[str] = []
-    real = assign._frames
-
-    def frames(batch, *rest):  # type: ignore[no-untyped-def]
-        ids.extend(batch.ids)
-        return real(batch, *rest)
-
-    monkeypatch.setattr(assign, "_frames", frames)
-    yield ids
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return ids_read(monkeypatch)
 
 
 def test_the_sample_is_one_part_of_the_corpus_and_every_epoch_reads_another(cuts: Path, tmp_path: Path, read: list[str]) -> None:

@@ -17,7 +17,7 @@ from k2ssl.labelling import assign, kmeans
 from k2ssl.labelling.corpus_parts import part_of
 from k2ssl.labelling.kmeans_model import KMeans
 from k2ssl.train.ledger import total
-from tests.bin.small_fit import SMALL, fit, sixteen_sounds
+from tests.bin.small_fit import SMALL, fit, ids_read, sixteen_sounds
 
 
 @pytest.fixture
@@ -51,14 +51,7 @@ def fewer(cuts: Path) -> Path:
 def test_a_folder_of_a_few_seconds_is_read_once_and_comes_to_an_end(
     cuts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read: list[str] = []
-    frames = assign._frames
-
-    def counted(batch, *rest):  # type: ignore[no-untyped-def]
-        read.extend(batch.ids)
-        return frames(batch, *rest)
-
-    monkeypatch.setattr(assign, "_frames", counted)
+    read = ids_read(monkeypatch)
     with caplog.at_level("INFO"):
         assert fit(cuts, tmp_path / "k.pt", "--kmeans.batch-frames", "10000", "--kmeans.max-batches", "300") == 0
     assert sorted(read) == sorted(cut.id for cut in read_cuts(cuts))
