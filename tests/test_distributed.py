@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,29 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k2ssl import distributed
-
-
-def _entry(rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    _environment_of(rank, world_size, port)
-    with distributed.set_up("cpu", timeout_minutes=1.0):
-        function(*arguments)
-
-
-def _environment_of(rank: int, world_size: int, port: int) -> None:
-    torch.set_num_threads(1)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def spawn(world_size: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Run `function(*arguments)` on so many ranks."""
-    mp.spawn(_entry, (world_size, _free_port(), function, arguments), world_size)
+from tests.ranks import free_port, set_environment, spawn
 
 
 def _exchange(folder: Path) -> None:
@@ -93,7 +67,7 @@ def test_two_processes_exchange_sums_rows_and_failures(tmp_path: Path) -> None:
 
 def _models_outlive_their_groups(rank: int, world_size: int, ports: list[int]) -> None:
     for port in ports:
-        _environment_of(rank, world_size, port)
+        set_environment(rank, world_size, port)
         with distributed.set_up("cpu", timeout_minutes=1.0):
             model = DistributedDataParallel(nn.Linear(4, 4))
             for _ in range(20):
@@ -110,7 +84,7 @@ def _gloo_threads() -> int:
 
 
 def test_a_model_that_outlives_the_group_of_its_processes_ends_nevertheless_and_leaves_no_thread_behind() -> None:
-    context = mp.spawn(_models_outlive_their_groups, (2, [_free_port() for _ in range(12)]), 2, join=False)
+    context = mp.spawn(_models_outlive_their_groups, (2, [free_port() for _ in range(12)]), 2, join=False)
     try:
         deadline = time.monotonic() + 120
         while not context.join(timeout=1):

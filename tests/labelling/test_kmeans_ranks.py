@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from k2ssl import distributed
 from k2ssl.labelling.frame_stream import Reservoir
 from k2ssl.labelling.kmeans import KMeans, KMeansConfig, Progress, fit_kmeans
+from tests.ranks import spawn
 
 CONFIG = KMeansConfig(
     num_clusters=12,
@@ -53,14 +51,6 @@ class _StopError(Exception):
 def _stop(progress: Progress) -> None:
     if progress.stage == "updates" and progress.batches == 17:
         raise _StopError
-
-
-def _entry(rank: int, port: int, function: Callable[[Path], None], folder: Path) -> None:
-    torch.set_num_threads(1)
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    with distributed.set_up("cpu", timeout_minutes=1.0):
-        function(folder)
 
 
 def _work(folder: Path) -> None:
@@ -100,10 +90,7 @@ def _refuse_together() -> None:
 
 
 def test_two_ranks_fit_the_same_centres_and_fail_together(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_entry, (port, _work, tmp_path), 2)
+    spawn(2, _work, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name

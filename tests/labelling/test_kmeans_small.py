@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +9,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-import torch.multiprocessing as mp
 from sklearn.cluster import KMeans as Reference
 from torch import Tensor
 
@@ -19,6 +16,7 @@ from k2ssl import distributed
 from k2ssl.labelling.features import MfccFeatures
 from k2ssl.labelling.frame_stream import FrameSource
 from k2ssl.labelling.kmeans import KMeans, KMeansConfig, Progress, fit_kmeans
+from tests.ranks import spawn
 
 CONFIG = KMeansConfig(num_clusters=12, num_restarts=3, lloyd_iterations=2, checkpoint_every=1)
 TIGHT = replace(
@@ -173,25 +171,19 @@ def test_as_many_clusters_as_frames_are_the_frames() -> None:
 MANY = replace(CONFIG, num_clusters=40)  # then all starts lead to about the same inertia
 
 
-def _entry(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    with distributed.set_up("cpu", timeout_minutes=1.0):
-        source, path = _Source(_mixture(2001)), folder / "fit.pt"
-        whole = fit_kmeans(source, MANY, one_part=True).centroids
-        with pytest.raises(_StopError):
-            fit_kmeans(_Source(_mixture(2001)), MANY, checkpoint=path, progress=_stop_at("passes", 2), one_part=True)
-        distributed.barrier()
-        resumed = fit_kmeans(_Source(_mixture(2001)), MANY, checkpoint=path, one_part=True).centroids
-        torch.save({"whole": whole, "resumed": resumed, "epochs": source.epochs}, folder / f"{rank}.pt")
+def _fit_and_go_on(folder: Path) -> None:
+    rank = distributed.rank()
+    source, path = _Source(_mixture(2001)), folder / "fit.pt"
+    whole = fit_kmeans(source, MANY, one_part=True).centroids
+    with pytest.raises(_StopError):
+        fit_kmeans(_Source(_mixture(2001)), MANY, checkpoint=path, progress=_stop_at("passes", 2), one_part=True)
+    distributed.barrier()
+    resumed = fit_kmeans(_Source(_mixture(2001)), MANY, checkpoint=path, one_part=True).centroids
+    torch.save({"whole": whole, "resumed": resumed, "epochs": source.epochs}, folder / f"{rank}.pt")
 
 
 def test_two_ranks_share_the_passes_and_end_with_the_same_centres(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_entry, (port, tmp_path), 2)
+    spawn(2, _fit_and_go_on, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["epochs"] == second["epochs"] == [0]
     for name in ("whole", "resumed"):

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from k2ssl import distributed
 from k2ssl.optim.build import OptimConfig, build_optimizer
 from k2ssl.train.guard import Guard, GuardConfig
+from tests.ranks import spawn
 
 POISONED = {12: math.nan, 30: math.inf, 41: 1e7, 42: math.inf, 43: math.nan}  # 1e20: a gradient that is finite and far too large
 
@@ -48,19 +46,8 @@ def _train(folder: Path) -> None:
     torch.save({"accepts": accepts, "actions": actions, "weights": torch.stack(weights)}, folder / f"{rank}.pt")
 
 
-def _entry(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
-    with distributed.set_up("cpu", timeout_minutes=1.0):
-        _train(folder)
-
-
 def test_both_ranks_drop_the_same_steps_and_roll_back_together(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_entry, (port, tmp_path), 2)
+    spawn(2, _train, tmp_path)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["accepts"] == two["accepts"]
     assert [step for step, accept in enumerate(one["accepts"]) if not accept] == sorted(POISONED)

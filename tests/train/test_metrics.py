@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +15,7 @@ from k2ssl import distributed
 from k2ssl.batch import LossOutput, PretrainBatch
 from k2ssl.models.hubert import HubertConfig, HubertModel
 from k2ssl.train.metrics import MetricSums, perplexity
+from tests.ranks import spawn
 
 
 def output(seed: int, loss: float | None = None, **more: Tensor) -> LossOutput:
@@ -181,14 +178,6 @@ def test_a_real_model_is_read() -> None:
     assert 1 <= values["perplexity_predicted"] <= values["classes_predicted"] <= classes
 
 
-def _entry(rank: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
-    with distributed.set_up("cpu", timeout_minutes=1.0):
-        function(*arguments)
-
-
 def _two_ranks(folder: Path) -> None:
     rank = distributed.rank()
     sums = MetricSums()
@@ -208,10 +197,7 @@ def _two_ranks(folder: Path) -> None:
 
 
 def test_two_ranks_read_the_same_sums_even_if_one_has_other_metrics_or_none(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_entry, (port, _two_ranks, (tmp_path,)), 2)
+    spawn(2, _two_ranks, tmp_path)
     mine, others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     everything = by_hand([output(seed) for seed in range(5)])
     everything["num_only_here"] = 3 * 3 / everything["num_targets"]

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +24,7 @@ from k2ssl.train.memory import PeakMemory
 from k2ssl.train.preflight import preflight
 from k2ssl.train.sharding import average_replicated_gradients, full_state, gradient_norm, is_sharded, load_full_state, shard
 from k2ssl.train.statistics import StatisticsRecorder
+from tests.ranks import spawn
 
 _STEPS = {"scaled_adam": 20, "adamw": 7}
 _RESUMED = 3  # the last steps, done again from a saved state; within a size-update period
@@ -35,21 +32,6 @@ _OPTIMIZERS = {
     "scaled_adam": OptimConfig(lr=0.02, lr_scales={"encoder.stacks.0": 0.5}, clipping_scale=0.9, clipping_update_period=10),
     "adamw": OptimConfig(name="adamw", lr=1e-3, max_grad_norm=1000.0),
 }
-
-
-def _entry(rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}})
-    with distributed.set_up("cpu", timeout_minutes=1.0):
-        function(*arguments)
-
-
-def _spawn(function: Callable[..., Any], *arguments: Any, world_size: int = 2) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_entry, (world_size, port, function, arguments), world_size)
 
 
 class _Training:
@@ -174,7 +156,7 @@ def _compare(optimizer: str, folder: Path) -> None:
 @pytest.fixture(scope="module", params=list(_OPTIMIZERS))
 def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp(request.param)
-    _spawn(_compare, request.param, folder)
+    spawn(2, _compare, request.param, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -321,7 +303,7 @@ def _refuse() -> None:
 
 
 def test_units_and_states_that_do_not_fit_are_refused() -> None:
-    _spawn(_refuse)
+    spawn(2, _refuse)
 
 
 class _LinearLoss(nn.Module):
@@ -342,4 +324,4 @@ def _without_units() -> None:
 
 
 def test_a_loss_output_starts_the_backward_pass_of_a_model_without_units() -> None:
-    _spawn(_without_units)
+    spawn(2, _without_units)
