@@ -70,6 +70,26 @@ def test_depthwise_convolution_under_autocast_keeps_its_weights_gradient_in_floa
         assert (value - truth).abs().max() < limit * truth.abs().max()
 
 
+@pytest.mark.parametrize(("frames", "kernel"), [(1, 7), (16, 3), (40, 1), (300, 5)])  # less than a window; whole ones; several parts
+@pytest.mark.parametrize("has_onednn", [True, False])
+def test_gradients_of_a_depthwise_convolution_in_float32_are_those_of_conv2d(
+    monkeypatch: pytest.MonkeyPatch, frames: int, kernel: int, has_onednn: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    torch.manual_seed(0)
+    conv = DepthwiseConvolution2d(6, kernel)
+    exact = DepthwiseConvolution2d(6, kernel).double()
+    exact.load_state_dict(conv.state_dict())
+    x = torch.randn(2, frames, 5, 6, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    seen = torch.randn_like(x)
+    image = torch.nn.functional.conv2d(wide.permute(0, 3, 1, 2), exact.weight, exact.bias, padding=kernel // 2, groups=6)
+    true = _with_gradients(image.permute(0, 2, 3, 1), seen.double(), [wide, *exact.parameters()])
+    for ours, truth in zip(_with_gradients(conv(x), seen, [x, *conv.parameters()]), true, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - truth).abs().max() < 2e-6 * truth.abs().max()
+
+
 def test_nothing_is_computed_for_gradients_that_nobody_wants() -> None:
     conv = DepthwiseConvolution2d(6, 3).requires_grad_(False)
     x = torch.randn(1, 4, 4, 6, requires_grad=True)
