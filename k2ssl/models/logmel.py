@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from k2ssl.batch import padding_mask_from_lens
 from k2ssl.models.frontend_base import Frontend, check_gradient_scale
-from k2ssl.nn.activation import swoosh_linear, swoosh_r
+from k2ssl.nn.activation import swoosh, swoosh_r
 from k2ssl.nn.depthwise import DepthwiseConvolution2d, as_matrix
 from k2ssl.nn.mel import LogMel
+from k2ssl.nn.perceptron import perceptron
 from k2ssl.structure import check_types
 
 _TIME_STRIDE = 2
@@ -117,11 +118,13 @@ class LogMelFrontend(Frontend):
                 hidden = hidden.masked_fill(coarse[:, :, 0, 0], False)  # hidden with padding, an utterance's last feature would be, too
             x = x.masked_fill(_hidden_features(hidden, x.size(1)).unsqueeze(2), 0)
         x = x.to(self.out.weight.dtype).unsqueeze(3)  # (N, T at 100 Hz, bands, 1), channels last from here on
-        x = swoosh_r(_convolve(self.conv1, _zero_padding(x, fine)))
-        x = swoosh_r(_convolve(self.conv2, _zero_padding(x, fine)))  # time and bands halved
-        x = swoosh_r(_convolve(self.conv3, _zero_padding(x, coarse)))  # bands halved
+        x = _convolve(self.conv1, _zero_padding(x, fine))
+        x = _convolve(self.conv2, _zero_padding(x, fine))  # time and bands halved
+        x = _convolve(self.conv3, _zero_padding(x, coarse))  # bands halved
         x = self.block(_zero_padding(x, coarse))
-        return self.out(x.transpose(2, 3).flatten(2))
+        # weights of a band lie behind those of all bands of the channels before; to reorder them is less work than to reorder frames
+        weight = self.out.weight.unflatten(1, (x.shape[3], x.shape[2])).transpose(1, 2).flatten(1)
+        return F.linear(x.flatten(2), weight, self.out.bias)
 
     def _padding_masks(self, audio: Tensor, audio_lens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(N, T, 1, 1) masks, True at padding, before and after the halving of the frame rate."""
@@ -145,15 +148,15 @@ class _ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, bands, C) -> the same."""
-        hidden = F.linear(self.depthwise(x), self.widen.weight.flatten(1), self.widen.bias)
-        assert self.narrow.bias is not None
-        narrow = swoosh_linear(hidden.flatten(1, 2), self.narrow.weight.flatten(1), self.narrow.bias, swoosh_r)
-        return x + narrow.view_as(x)
+        assert self.widen.bias is not None and self.narrow.bias is not None
+        weights = (self.widen.weight.flatten(1), self.widen.bias, self.narrow.weight.flatten(1), self.narrow.bias)
+        return x + perceptron(self.depthwise(x).flatten(1, 2), *weights, swoosh_r).view_as(x)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """(N, T, bands, C) -> the same with other sizes, by a convolution whose channels come last in memory."""
-    return F.conv2d(x.permute(0, 3, 1, 2), as_matrix(conv.weight), conv.bias, conv.stride, conv.padding).permute(0, 2, 3, 1)
+    """(N, T, bands, C) -> the same with other sizes, by a convolution whose channels come last in memory, and SwooshR."""
+    x = F.conv2d(x.permute(0, 3, 1, 2), as_matrix(conv.weight), conv.bias, conv.stride, conv.padding).permute(0, 2, 3, 1)
+    return swoosh(x.flatten(1, 2), swoosh_r).view_as(x)
 
 
 def _hidden_features(hidden: Tensor, width: int) -> Tensor:

@@ -1,10 +1,11 @@
-"""SwooshL and SwooshR, and the layer activation -> dropout -> linear that remembers nothing but its input.
+"""SwooshL and SwooshR, alone and in layers that remember nothing but their input.
 
 Formulas: arXiv 2310.11230, section 3.3. Both are softplus shifted right, tilted by -0.08 x, and moved to pass (almost) through zero.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,18 +53,43 @@ class Swoosh:
         return y
 
     def value(self, x: Tensor) -> Tensor:
-        """The same for no autograd to see, by the kernels that were chosen."""
+        """The same in float32 at least and for no autograd to see, by the kernels that were chosen."""
+        if _is_looked_up(x):
+            return _looked_up(self, x)
+        x = _at_least_float32(x)
         return self(x) if _kernels is None or x.dtype != torch.float32 else _kernels[0](self.name, x)
 
     def derivative(self, x: Tensor) -> Tensor:
-        """d/dx at `x`, by the kernels that were chosen."""
+        """d/dx at `x` in float32 at least, by the kernels that were chosen."""
+        x = _at_least_float32(x)
         if _kernels is not None and x.dtype == torch.float32:
             return _kernels[1](self.name, x)[1]
-        return torch.sigmoid(x - self.shift) - _SLOPE
+        y = (x - self.shift).sigmoid_()
+        y -= _SLOPE
+        return y
 
 
 swoosh_l = Swoosh("l", shift=4.0, offset=0.035)  # for feed-forward layers: "normally off"
 swoosh_r = Swoosh("r", shift=1.0, offset=0.313261687)  # zero at x = 0: for convolutions
+
+
+def _is_looked_up(x: Tensor) -> bool:
+    """Not what merely stands for a tensor, as while a graph is traced; and other devices compute faster than they look up."""
+    real = type(x) is Tensor and not torch.compiler.is_compiling()
+    return real and x.dtype == torch.bfloat16 and x.device.type == "cpu" and _kernels is None
+
+
+def _looked_up(activation: Swoosh, x: Tensor) -> Tensor:
+    """Values at `x` in bfloat16, as float32: there are no more than 65,536, and to look one up takes half the time of computing it."""
+    bits = x.reshape(-1).view(torch.uint16).to(torch.int32)
+    return _all_values(activation).index_select(0, bits).view(x.shape)
+
+
+@functools.cache
+def _all_values(activation: Swoosh) -> Tensor:
+    """Values at all bfloat16 numbers, in the order of their bits."""
+    with torch.inference_mode(False):  # whoever asks first, all may use them
+        return activation(torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.bfloat16).float())
 
 
 class SwooshDropoutLinear(nn.Module):
@@ -103,6 +129,25 @@ class SwooshDropoutLinear(nn.Module):
         return swoosh_linear(x, self.weight, self.bias, self.activation, self.dropout.mask(x))
 
 
+def swoosh(x: Tensor, activation: Swoosh) -> Tensor:
+    """activation(x) in the dtype of `x` (N, T, C), computed in float32 at least, keeping only `x` for the backward pass."""
+    return _Swoosh.apply(x, activation)
+
+
+class _Swoosh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: Swoosh) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.activation = activation
+        return activated(x, None, activation, x.dtype)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return times_derivative(grad, x, None, ctx.activation), None
+
+
 def swoosh_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: Swoosh, mask: Tensor | None = None) -> Tensor:
     """linear(activation(x) * mask), keeping only `x` for the backward pass: (N, T, in_dim) -> (N, T, out_dim).
 
@@ -124,7 +169,7 @@ class _SwooshDropoutLinear(torch.autograd.Function):
         ctx.dtype = dtype
         ctx.bias_dtype = bias.dtype
         with torch.autocast(x.device.type, enabled=False):
-            hidden = _activate(x, mask, activation, dtype)
+            hidden = activated(x, mask, activation, dtype)
             return F.linear(hidden, weight.to(dtype), bias.to(dtype))
 
     @staticmethod
@@ -135,34 +180,37 @@ class _SwooshDropoutLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            hidden = _activate(x, mask, ctx.activation, ctx.dtype)
+            hidden = activated(x, mask, ctx.activation, ctx.dtype)
             grad_weight = (rows.t() @ hidden.reshape(rows.shape[0], -1)).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = _times_derivative(grad @ weight.to(ctx.dtype), x, mask, ctx.activation)
+            grad_x = times_derivative(grad @ weight.to(ctx.dtype), x, mask, ctx.activation)
         grad_bias = rows.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _activate(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
-    """activation(x) * mask in `dtype`, frames in rows whatever the strides of `x`: `F.linear` would copy its weights per utterance."""
+def activated(x: Tensor, mask: Tensor | None, activation: Swoosh, dtype: torch.dtype) -> Tensor:
+    """activation(x) * mask in `dtype`, without autograd: (N, T, C) -> (N, T, C).
+
+    Frames come out in rows whatever the strides of `x`: `F.linear` would copy its weights per utterance.
+    """
     if _kernels is None and (kernels := triton_kernels(x.device, x.dtype, dtype)):
         found: Tensor = kernels.swoosh(x, mask, activation.shift, _SLOPE, activation.offset, dtype)
         return found
     hidden = x.new_empty(x.shape, dtype=dtype)
     for part in _parts(x):
-        values = activation.value(_at_least_float32(x[part]))
+        values = activation.value(x[part])
         hidden[part] = values if mask is None else values.mul_(mask[part[0]])
     return hidden
 
 
-def _times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
-    """grad * activation'(x) * mask in the dtype of `x`."""
+def times_derivative(grad: Tensor, x: Tensor, mask: Tensor | None, activation: Swoosh) -> Tensor:
+    """grad * activation'(x) * mask in the dtype of `x`, without autograd."""
     if _kernels is None and (kernels := triton_kernels(x.device, x.dtype, grad.dtype)):
         found: Tensor = kernels.swoosh_backward(grad, x, mask, activation.shift, _SLOPE)
         return found
     grad_x = torch.empty_like(x)
     for part in _parts(x):
-        derivative = activation.derivative(_at_least_float32(x[part]))
+        derivative = activation.derivative(x[part])
         if mask is not None:
             derivative *= mask[part[0]]
         grad_x[part] = derivative.mul_(grad[part])

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from k2ssl.nn.activation import Swoosh, SwooshDropoutLinear, swoosh_l, swoosh_r
+from k2ssl.nn import activation
+from k2ssl.nn.activation import Swoosh, SwooshDropoutLinear, swoosh, swoosh_l, swoosh_r
 from k2ssl.nn.schedule import Clock
 
 
@@ -23,6 +25,57 @@ def test_values_and_derivatives_agree_with_the_recorded_truth(golden, agreement,
     torch.testing.assert_close(activation(x.float()).double(), recorded[name], atol=1e-6, rtol=1.2e-7)
     agreement.absolute(f"{name} derivative, float32", activation.derivative(x.float()), recorded[f"{name}_deriv"], 1e-6)
     torch.testing.assert_close(activation(x), recorded[name], atol=3e-9, rtol=0)  # upstream rounds the offset to 9 digits
+
+
+@pytest.mark.parametrize("activation", [swoosh_l, swoosh_r])
+def test_values_looked_up_for_bfloat16_are_those_computed_in_float32_bit_for_bit(activation: Swoosh) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)  # infinities and what is no number included
+    shuffled = every[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(2**8, 2**8).t()  # not in rows
+    values = activation.value(shuffled)
+    assert values.dtype == torch.float32 and values.shape == shuffled.shape
+    assert torch.equal(values.contiguous().view(torch.int32), activation(shuffled.float()).contiguous().view(torch.int32))
+
+
+def test_values_are_looked_up_wherever_they_were_first_asked_for() -> None:
+    layer = SwooshDropoutLinear(32, 16, swoosh_r, Clock())
+    x = torch.randn(2, 9, 32)
+
+    def autocast_layer(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    activation._all_values.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # tensors without values
+        assert autocast_layer(mode.from_tensor(x.bfloat16())).shape == (2, 9, 16)
+    with torch.device("meta"), torch.inference_mode():
+        expected = autocast_layer(x.bfloat16())
+    wanted = x.bfloat16().requires_grad_()
+    y = autocast_layer(wanted)
+    torch.testing.assert_close(y, expected, atol=0, rtol=0)
+    y.sum().backward()
+    compiled = torch.compile(autocast_layer, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.bfloat16()), expected)
+
+
+@pytest.mark.parametrize("activation", [swoosh_l, swoosh_r])
+@pytest.mark.parametrize("piece", [1000, 10])
+def test_the_activation_alone_has_the_gradient_of_the_plain_formula_and_keeps_its_input_only(
+    monkeypatch: pytest.MonkeyPatch, activation: Swoosh, piece: int
+) -> None:
+    monkeypatch.setattr("k2ssl.nn.activation._PIECE", piece)
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        value = swoosh(x, activation)
+    truth = activation(x)
+    torch.testing.assert_close(value, truth, atol=1e-15, rtol=1e-12)
+    (ours,) = torch.autograd.grad(value, x, grad)
+    (plain,) = torch.autograd.grad(truth, x, grad)
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+    assert swoosh(x.detach().bfloat16(), activation).dtype == torch.bfloat16
 
 
 def _plain(layer: SwooshDropoutLinear, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
