@@ -81,15 +81,15 @@ def _is_looked_up(x: Tensor) -> bool:
 
 def _looked_up(activation: Swoosh, x: Tensor) -> Tensor:
     """Values at `x` in bfloat16, as float32: there are no more than 65,536, and to look one up takes half the time of computing it."""
-    bits = x.reshape(-1).view(torch.uint16).to(torch.int32)
-    return _all_values(activation).index_select(0, bits).view(x.shape)
+    numbers = x.reshape(-1).view(torch.int16).to(torch.int32).add_(2**15)  # from uint16 a CPU would convert them one by one
+    return _all_values(activation).index_select(0, numbers).view(x.shape)
 
 
 @functools.cache
 def _all_values(activation: Swoosh) -> Tensor:
-    """Values at all bfloat16 numbers, in the order of their bits."""
+    """Values at all bfloat16 numbers, in the order of their bits as signed integers."""
     with torch.inference_mode(False):  # whoever asks first, all may use them
-        return activation(torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.bfloat16).float())
+        return activation(torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cpu").view(torch.bfloat16).float())
 
 
 class SwooshDropoutLinear(nn.Module):
