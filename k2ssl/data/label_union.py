@@ -66,15 +66,19 @@ class LabelUnion:
         """`cuts` as they are, as long as all stores mean the same cut by an id.
 
         Raises:
-            ValueError: two stores have different numbers of labels for one id: different cuts have got the same name.
+            ValueError: two stores have different numbers of labels for one id, or most of them differ: different cuts have got the same
+                name. (Where the same cut was labelled twice by the same centres, rounding may have changed a few.)
         """
         for cut in cuts:
             found = [store for store in self.stores if cut.id in store] if len(self.stores) > 1 else []
             for store in found[1:]:
-                counts = found[0].num_labels(cut.id), store.num_labels(cut.id)
-                if counts[0] != counts[1]:
+                there, here = found[0].labels(cut.id), store.labels(cut.id)
+                what = (
+                    f"{len(there)} labels there and {len(here)} here" if len(there) != len(here) else "mostly other labels there than here"
+                )
+                if len(there) != len(here) or 2 * np.count_nonzero(there != here) > len(there):
                     raise ValueError(
-                        f"labels in {found[0].folder} and {store.folder} cannot be trained on together: cut {cut.id!r} has {counts[0]} "
-                        f"labels there and {counts[1]} here; rename the cuts of one of them"
+                        f"labels in {found[0].folder} and {store.folder} cannot be trained on together: cut {cut.id!r} has {what}; "
+                        "different cuts have the same id: rename those of one of them"
                     )
             yield cut

@@ -65,9 +65,17 @@ def test_stores_of_other_classes_are_refused(pair: list[LabelStore], tmp_path: P
 
 def test_one_id_for_cuts_of_different_length_is_refused(pair: list[LabelStore], tmp_path: Path) -> None:
     cuts = [SimpleNamespace(id=name) for name in ("a", "both", "b", "none")]
-    assert list(LabelUnion(pair).without_conflicts(cuts)) == cuts  # as many labels in both: may well be the same cut
+    same = store(tmp_path / "same", d=[1], both=[3])
+    assert list(LabelUnion([pair[0], same]).without_conflicts(cuts)) == cuts
     longer = store(tmp_path / "longer", c=[1], both=[7, 7])
-    checked = LabelUnion([*pair, longer]).without_conflicts(cuts)
-    assert next(checked).id == "a"
     with pytest.raises(ValueError, match=r"one and .*longer cannot be trained on together: cut 'both' has 1 labels there and 2 here"):
-        next(checked)
+        next(LabelUnion([pair[0], longer]).without_conflicts(cuts[1:]))
+
+
+def test_one_id_for_different_cuts_of_the_same_length_is_refused_and_a_few_other_labels_of_one_cut_are_not(tmp_path: Path) -> None:
+    first = store(tmp_path / "first", cut=[1, 2, 3, 4, 5])
+    rounded, other = store(tmp_path / "rounded", cut=[1, 2, 3, 4, 6]), store(tmp_path / "other", cut=[1, 2, 4, 5, 6])
+    cut = SimpleNamespace(id="cut")
+    assert list(LabelUnion([first, rounded]).without_conflicts([cut])) == [cut]
+    with pytest.raises(ValueError, match=r"first and .*other .*: cut 'cut' has mostly other labels there than here; .* rename"):
+        next(LabelUnion([first, other]).without_conflicts([cut]))
