@@ -27,7 +27,7 @@ from k2ssl.data.audio_dataset import BatchDataset, Loaded, Request
 from k2ssl.data.hand_over import HandedOver
 from k2ssl.data.intake import Intake
 from k2ssl.data.mixture import Corpora
-from k2ssl.data.sampler import BatchSeconds, Cropped, Padded, RoundSampler, collection_paused, estimated_bins, even_bins
+from k2ssl.data.sampler import ORDER, BatchSeconds, Cropped, Padded, RoundSampler, collection_paused, estimated_bins, even_bins
 from k2ssl.data.stable_hash import stable_hash
 
 _log = logging.getLogger(__name__)
@@ -330,6 +330,7 @@ class BatchLoader(Generic[B]):
     def _identity(self) -> dict[str, Any]:
         sampling = {f"sampling.{name}": value for name, value in asdict(self.sampling).items()}
         return {
+            "order": ORDER,
             "seed": self.seed,
             "world_size": self.world_size,
             "crop_seconds": self.crop_seconds,

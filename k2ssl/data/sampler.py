@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from random import Random
 
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset.sampling.base import TimeConstraint
-from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketingSampler, estimate_duration_buckets
+from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketer, DynamicBucketingSampler, estimate_duration_buckets
 
 from k2ssl.data.stable_hash import stable_hash
 
+ORDER = 2  # how batches are drawn: a loader's state is of no use where it has changed
 _BIN_RATIO = 1.15  # between neighbouring bucket limits that are set, not estimated: padding is at most this
 _SHORTEST_BIN = 1.0  # seconds
 
@@ -72,7 +74,9 @@ class RoundSampler(DynamicBucketingSampler):
     """lhotse's sampler, which draws as many batches as there are ranks for every round and gives each rank its own.
 
     Every rank iterates the same cuts with the same seed. lhotse deals the cuts of an incomplete last round anew, duplicating some; here it
-    is dropped, or with `drop_incomplete=False` dealt to the first ranks.
+    is dropped, or with `drop_incomplete=False` dealt to the first ranks. And lhotse draws the bucket of a round, which all ranks share, with
+    the same seed in every epoch of every run: runs would have the same lengths in the same order, and a small corpus the same cuts in the
+    round that is dropped. Here it is drawn from `seed`.
 
     Attributes:
         dropped: cuts of the incomplete last round, known at the end.
@@ -88,6 +92,18 @@ class RoundSampler(DynamicBucketingSampler):
     def __iter__(self) -> RoundSampler:
         self.dropped = self.digest = 0
         super().__iter__()
+        bucketer = DynamicBucketer(
+            zip(*self.cuts, strict=True),
+            duration_bins=self.duration_bins,
+            world_size=self.world_size,
+            constraint=self.constraint,
+            buffer_size=self.buffer_size,
+            shuffle=self.shuffle,
+            rng=self.rng,
+            bucket_rng=Random(stable_hash("buckets", self.seed)),
+            diagnostics=self.diagnostics,
+        )
+        self.cuts_iter = iter(bucketer)
         return self
 
     def __next__(self) -> CutSet:

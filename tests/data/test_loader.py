@@ -14,13 +14,13 @@ import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lhotse import CutSet, Recording
+from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
 from k2ssl.batch import AudioBatch, PretrainBatch
 from k2ssl.data.audio import AudioError
 from k2ssl.data.batch_loader import BatchLoader, SamplingConfig
-from k2ssl.data.loader import Corpora, audio_loader, pretrain_loader
+from k2ssl.data.loader import Corpora, asr_loader, audio_loader, pretrain_loader
 
 if TYPE_CHECKING:
     from tests.data.conftest import SmallCorpus
@@ -67,6 +67,33 @@ def test_every_epoch_and_every_seed_has_its_own_order(corpus: SmallCorpus) -> No
     orders = [[batch.ids for batch in corpus.loader(**options)] for options in ({}, {"epoch": 1}, {"seed": 1}, {"shuffle": False})]
     for i, order in enumerate(orders):
         assert all(set(order).isdisjoint(other) for other in orders[:i]), "not even a batch in common"
+
+
+def test_every_epoch_and_every_seed_draws_its_own_buckets(corpus: SmallCorpus) -> None:
+    def lengths(**options: int) -> list[int]:
+        return [max(round(cut.duration) for cut in request.cuts) for request in corpus.loader(max_seconds=20.0, **options).requests()]
+
+    orders = [lengths(seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert min(map(len, orders)) > 10
+    for i, order in enumerate(orders):
+        for other in orders[:i]:
+            assert sum(one == two for one, two in zip(order, other, strict=False)) < 0.7 * len(order)
+
+
+@pytest.mark.parametrize(("num_cuts", "world_size"), [(3, 2), (5, 2), (9, 2), (60, 4)])
+def test_what_the_last_round_drops_is_something_else_in_every_epoch(num_cuts: int, world_size: int) -> None:
+    recording = Recording("all", [], RATE, 10 * RATE, 10.0)
+    lengths = np.random.default_rng(num_cuts).uniform(1, 10, num_cuts).round(3)
+    cuts = CutSet.from_cuts(
+        MonoCut(f"c{i}", 0.0, length, 0, [SupervisionSegment(f"c{i}", "all", 0.0, length, text="a")], recording=recording)
+        for i, length in enumerate(lengths.tolist())
+    )
+    seen: set[str] = set()
+    for epoch in range(20):
+        for rank in range(world_size):
+            loader = asr_loader(cuts, max_duration=12.0, epoch=epoch, rank=rank, world_size=world_size)
+            seen |= {cut.id for request in loader.requests() for cut in request.cuts}
+    assert len(seen) == num_cuts
 
 
 def test_the_batch_limit_counts_what_is_left_after_cropping(corpus: SmallCorpus) -> None:
