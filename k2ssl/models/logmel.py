@@ -122,9 +122,8 @@ class LogMelFrontend(Frontend):
         x = _convolve(self.conv2, _zero_padding(x, fine))  # time and bands halved
         x = _convolve(self.conv3, _zero_padding(x, coarse))  # bands halved
         x = self.block(_zero_padding(x, coarse))
-        # weights of a band lie behind those of all bands of the channels before; to reorder them is less work than to reorder frames
-        weight = self.out.weight.unflatten(1, (x.shape[3], x.shape[2])).transpose(1, 2).flatten(1)
-        return F.linear(x.flatten(2), weight, self.out.bias)
+        frames: Tensor = self.out(x.transpose(2, 3).flatten(2))
+        return frames
 
     def _padding_masks(self, audio: Tensor, audio_lens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(N, T, 1, 1) masks, True at padding, before and after the halving of the frame rate."""

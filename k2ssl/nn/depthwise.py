@@ -7,11 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.precision import product_dtype
 
+# formats in which oneDNN has a fast convolution here, whose own gradients are slower than that; elsewhere they are as fast or faster
+_FAST = (
+    ({torch.float32} if torch.backends.mkldnn.is_available() else set())
+    | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+)  # fmt: skip
 _WINDOW = 16  # frames whose products with the input are a convolution of its own
 _FRAMES = 128  # at a time, some two megabytes
 
@@ -46,8 +51,8 @@ class DepthwiseConvolution(nn.Conv1d):
 class DepthwiseConvolution2d(nn.Conv2d):
     """Convolution over time and bands of every channel apart, as many of both out as in; channels last.
 
-    On a CPU both gradients are computed as the convolutions that they are, several times as fast as oneDNN's own functions for them;
-    the weights' gradient is summed in float32 at least.
+    On a CPU both gradients are computed as the convolutions that they are, several times as fast as oneDNN's own functions for them,
+    where it has a fast convolution; the weights' gradient is summed in float32 at least.
 
     Args:
         dim: channels C.
@@ -92,20 +97,28 @@ class _CpuDepthwise2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            mirrored = weight.to(grad.dtype).flip(2, 3)  # oneDNN's function for it takes eight times as long as the convolution that it is
-            image = F.conv2d(_image(grad), mirrored, padding=weight.shape[-1] // 2, groups=len(weight))
-            grad_x = image.permute(0, 2, 3, 1)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(x, grad, weight).to(weight.dtype)
+        with torch.autocast("cpu", enabled=False):
+            if ctx.needs_input_grad[0]:
+                grad_x = _input_gradient(x, grad, weight.to(grad.dtype))
+            if ctx.needs_input_grad[1]:
+                grad_weight = _weight_gradient(x, grad, weight).to(weight.dtype)
         grad_bias = grad.sum((0, 1, 2), dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
+
+
+def _input_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """Of the input (N, T, bands, C), from the output's in the same shape."""
+    options = {"padding": weight.shape[-1] // 2, "groups": len(weight)}
+    if grad.dtype not in _FAST:
+        return conv2d_input(_image(x).shape, weight, _image(grad), **options).permute(0, 2, 3, 1)
+    # oneDNN's function for it takes eight times as long as its convolution, which it is with mirrored weights
+    return F.conv2d(_image(grad), weight.flip(2, 3), **options).permute(0, 2, 3, 1)
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """Of the weights (C, 1, K, K), from input and output gradient (N, T, bands, C); in float32 at least."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    if not (torch.backends.mkldnn.is_available() and wide == torch.float32):
+    if wide not in _FAST:
         options = {"padding": weight.shape[-1] // 2, "groups": len(weight)}
         return conv2d_weight(_image(x).to(wide), weight.shape, _image(grad).to(wide), **options)
     # oneDNN's function for it takes ten times as long as its convolution. And it is one: of a window of the input with the window's output

@@ -83,7 +83,10 @@ def _activated(hidden: Tensor, activation: Swoosh) -> Tensor:
 
 
 def _parts(rows: Tensor, hidden_dim: int) -> Iterator[slice]:
-    """Pieces of the rows; on a GPU, which wants few kernels, all of them."""
-    step = max(1, _PIECE // hidden_dim if rows.device.type == "cpu" else len(rows))
+    """Pieces of the rows; on a GPU, which wants few kernels, and while a graph is traced, whose lengths are open, all of them."""
+    step = max(1, _PIECE // hidden_dim)
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) <= step:
+        yield slice(None)
+        return
     for start in range(0, len(rows), step):
         yield slice(start, start + step)

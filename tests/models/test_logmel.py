@@ -120,3 +120,12 @@ def test_a_new_stack_lets_the_audio_through() -> None:
 def test_impossible_configurations_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         LogMelConfig(**arguments)  # type: ignore[arg-type]
+
+
+def test_it_compiles_with_lengths_left_open() -> None:
+    frontend = LogMelFrontend(LogMelConfig(channels=(4, 8, 16), output_dim=24))
+    compiled = torch.compile(frontend, backend="aot_eager")
+    for seconds in (0.4, 0.5, 1.0, 2.0):
+        audio = torch.randn(2, int(16000 * seconds))
+        torch.testing.assert_close(compiled(audio), frontend(audio))
+        compiled(audio).sum().backward()

@@ -75,7 +75,26 @@ def test_the_activation_alone_has_the_gradient_of_the_plain_formula_and_keeps_it
     (plain,) = torch.autograd.grad(truth, x, grad)
     torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
-    assert swoosh(x.detach().bfloat16(), activation).dtype == torch.bfloat16
+    rounded = x.detach().bfloat16()
+    assert torch.equal(swoosh(rounded, activation), activation(rounded.double()).bfloat16())  # nothing is rounded before the result
+
+
+def test_values_are_looked_up_on_a_few_threads_and_not_where_other_kernels_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(Swoosh, "__call__", lambda self, x: asked.append(x.dtype) or x)
+    x = torch.randn(1, 4, 3).bfloat16()
+    activation._all_values(swoosh_l)
+    asked.clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    swoosh_l.value(x)
+    assert not asked
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    swoosh_l.value(x)
+    assert asked == [torch.float32]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(activation, "_kernels", (lambda name, x: asked.append(name) or x, lambda name, x: (x, x)))
+    swoosh_l.value(x)
+    assert asked == [torch.float32, "l"]
 
 
 def _plain(layer: SwooshDropoutLinear, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

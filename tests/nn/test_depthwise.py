@@ -71,11 +71,11 @@ def test_depthwise_convolution_under_autocast_keeps_its_weights_gradient_in_floa
 
 
 @pytest.mark.parametrize(("frames", "kernel"), [(1, 7), (16, 3), (40, 1), (300, 5)])  # less than a window; whole ones; several parts
-@pytest.mark.parametrize("has_onednn", [True, False])
+@pytest.mark.parametrize("fast", [{torch.float32}, set()], ids=["fast", "without"])
 def test_gradients_of_a_depthwise_convolution_in_float32_are_those_of_conv2d(
-    monkeypatch: pytest.MonkeyPatch, frames: int, kernel: int, has_onednn: bool
+    monkeypatch: pytest.MonkeyPatch, frames: int, kernel: int, fast: set[torch.dtype]
 ) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    monkeypatch.setattr("k2ssl.nn.depthwise._FAST", fast)
     torch.manual_seed(0)
     conv = DepthwiseConvolution2d(6, kernel)
     exact = DepthwiseConvolution2d(6, kernel).double()

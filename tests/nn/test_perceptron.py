@@ -58,6 +58,35 @@ def test_only_the_gradients_that_are_wanted_are_computed() -> None:
             torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
 
 
+def test_under_autocast_the_activation_and_sums_over_pieces_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape) for shape in ((2, 4000, 5), (12, 5), (12,), (4, 12), (4,))]
+    above = torch.rand(2, 4000, 4)
+    leaves, above = [leaf.bfloat16().double().requires_grad_() for leaf in leaves], above.bfloat16()  # rounding these is not what is tested
+    exact = torch.autograd.grad(_plain(*leaves), leaves, above.double())
+    ours = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    monkeypatch.setattr("k2ssl.nn.perceptron._PIECE", 1200)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = perceptron(*ours, swoosh_r)
+    found = torch.autograd.grad(y, ours, above)
+    errors = [((one - two).norm() / two.norm()).item() for one, two in zip((*found, y), (*exact, _plain(*leaves)), strict=True)]
+    assert max(errors[1:4]) < 5e-4 and errors[4] < 1e-6 and errors[5] < 3.2e-3, (
+        errors
+    )  # bfloat16 has 8 bits: one rounding is 2e-3 of each number
+    with torch.autocast("cpu", torch.bfloat16):
+        again = perceptron(*ours, swoosh_r)
+        inside = torch.autograd.grad(again, ours, above)
+    assert all(torch.equal(one, two) for one, two in zip(inside, found, strict=True))
+
+
+def test_it_compiles_with_lengths_left_open() -> None:
+    _, *weights = _leaves(torch.float32)
+    compiled = torch.compile(lambda x: perceptron(x, *weights, swoosh_r), backend="aot_eager", fullgraph=True)
+    for frames in (7, 9, 30, 31):
+        x = torch.randn(2, frames, 5)
+        torch.testing.assert_close(compiled(x), _plain(x, *weights))
+
+
 def test_only_the_input_and_the_parameters_are_kept_for_the_backward_pass() -> None:
     leaves = _leaves(torch.float32)
     kept: list[Tensor] = []
