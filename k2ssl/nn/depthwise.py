@@ -108,11 +108,12 @@ class _CpuDepthwise2d(torch.autograd.Function):
 
 def _input_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """Of the input (N, T, bands, C), from the output's in the same shape."""
-    options = {"padding": weight.shape[-1] // 2, "groups": len(weight)}
-    if grad.dtype not in _FAST:
-        return conv2d_input(_image(x).shape, weight, _image(grad), **options).permute(0, 2, 3, 1)
-    # oneDNN's function for it takes eight times as long as its convolution, which it is with mirrored weights
-    return F.conv2d(_image(grad), weight.flip(2, 3), **options).permute(0, 2, 3, 1)
+    padding = weight.shape[-1] // 2
+    if grad.dtype in _FAST:  # oneDNN's function for it takes eight times as long as its convolution, which it is with mirrored weights
+        image = F.conv2d(_image(grad), weight.flip(2, 3), padding=padding, groups=len(weight))
+    else:
+        image = conv2d_input(_image(x).shape, weight, _image(grad), padding=padding, groups=len(weight))
+    return image.permute(0, 2, 3, 1)
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
