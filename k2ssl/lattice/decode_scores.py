@@ -140,11 +140,14 @@ def write(path: str, scores: Scores, found: dict[int, list[Path]], lexicon: Lexi
         with open(part, "w", encoding="utf-8") as file:
             for row, name in enumerate(scores.ids):
                 paths = found.get(row, [])
-                texts = [(text_of(one, scores, lexicon), one.score) for one in paths]
-                hyp, score = texts[0] if texts else ("", 0.0)
+                texts: dict[str, float] = {}  # each once, with the score of the best path that reads so
+                for one in paths:
+                    texts.setdefault(text_of(one, scores, lexicon), one.score)
+                nbest = [{"hyp": text, "score": score} for text, score in texts.items()]
+                hyp, score = next(iter(texts.items()), ("", 0.0))
                 ref = str(scores.refs[row]) if scores.has_ref[row] else None
                 line: dict[str, Any] = {"id": str(name), "ref": ref, "hyp": hyp, "score": score, "duration": float(scores.seconds[row])}
-                line.update(speaker=None, timestamps=[], nbest=[list(one) for one in texts] if len(texts) > 1 else [])
+                line.update(speaker=None, timestamps=[], nbest=nbest if len(paths) > 1 else [])
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(part, path)
     except BaseException:

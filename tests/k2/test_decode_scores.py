@@ -54,8 +54,8 @@ def test_hypotheses_are_those_of_the_decoder_in_the_order_of_the_file(
     for line, part in zip(found, parts):
         if len(part):
             (paths,) = decoder.choose(decoder.lattice(part[None], torch.tensor([len(part)])), 2)
-            expected = [[toys.lexicon("|").text(path.outputs), path.score] for path in paths]
-            assert line["nbest"] == expected and [line["hyp"], line["score"]] == expected[0]
+            expected = [{"hyp": toys.lexicon("|").text(path.outputs), "score": path.score} for path in paths]
+            assert line["nbest"] == expected and {key: line[key] for key in ("hyp", "score")} == expected[0]
         else:
             assert line["hyp"] == "" and line["nbest"] == []
     told = capsys.readouterr().out

@@ -7,14 +7,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from k2ssl.decode.lm import NgramLm
+from k2ssl.decode.results import Alternative, read_results
 from k2ssl.lattice.arpa import read_arpa
-from k2ssl.lattice.decode_scores import main
+from k2ssl.lattice.decode_scores import main, write
 from k2ssl.lattice.empty import EmptyLatticeError
 from k2ssl.lattice.lexicon import lexicon_from_spellings, read_lexicon
 from k2ssl.lattice.score_file import Scores, read_scores, write_scores
@@ -149,6 +152,17 @@ def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read.ids.tolist() == ["a", "b"] and read.refs.tolist() == ["é", ""] and read.delimiter == ""
     assert [part.tolist() for part in read.frames()] == [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], [[6.0, 7.0, 8.0]]]
     assert [path.name for path in tmp_path.iterdir()] == ["scores.npz"]
+
+
+def test_hypotheses_are_written_as_scoring_reads_them_and_each_text_once(tmp_path: Path) -> None:
+    paths: list[Any] = [SimpleNamespace(tokens=tokens, score=score) for tokens, score in (((1,), -1.0), ((2, 1), -2.0), ((1,), -3.0))]
+    write(str(tmp_path / "found.jsonl"), scores(), {0: paths}, None)
+    heard, unheard = read_results(tmp_path / "found.jsonl")
+    assert heard.nbest == (Alternative("x", -1.0), Alternative("yx", -2.0))
+    assert (heard.id, heard.ref, heard.hyp, heard.score) == ("a", "é", "x", -1.0)
+    assert (unheard.id, unheard.ref, unheard.hyp, unheard.nbest) == ("b", None, "", ())
+    write(str(tmp_path / "found.jsonl"), scores(), {0: paths[:1]}, None)
+    assert read_results(tmp_path / "found.jsonl")[0].nbest == ()
 
 
 def test_files_that_hold_no_scores_are_refused(tmp_path: Path) -> None:
