@@ -74,13 +74,14 @@ def kneser_ney(counts: NgramCounts, prune: Sequence[int] = ()) -> Arpa:
 
 
 def discounts(counted: Ints) -> tuple[float, float, float] | None:
-    """What is taken from n-grams that count 1, 2, and 3 or more; None if the counts admit none. Chen and Goodman, equation 17."""
+    """What is taken from n-grams that count 1, 2, and 3 or more; None if the counts admit none: all must be
+    above 0, or a context would pass on nothing. Chen and Goodman, equation 17."""
     n = [int((counted == i).sum()) for i in range(5)]
     if not (n[1] and n[2] and n[3]):
         return None
-    y = n[1] / (n[1] + 2 * n[2])
-    one, two, three = (i - (i + 1) * y * n[i + 1] / n[i] for i in (1, 2, 3))
-    return (one, two, three) if min(one, two, three) >= 0 else None
+    whole = n[1] + 2 * n[2]
+    one, two, three = ((i * n[i] * whole - (i + 1) * n[1] * n[i + 1]) / (n[i] * whole) for i in (1, 2, 3))  # integers, so that 0 is exact
+    return (one, two, three) if min(one, two, three) > 0 else None
 
 
 def _limits(prune: Sequence[int], order: int) -> list[int]:

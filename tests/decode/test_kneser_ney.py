@@ -6,11 +6,13 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from k2ssl.decode.arpa import Arpa
+from k2ssl.decode.arpa import Arpa, read_arpa, write_arpa
 from k2ssl.decode.kneser_ney import FALLBACK, discounts, kneser_ney
 from k2ssl.decode.ngram_counts import NgramCounter, NgramCounts
 
@@ -48,7 +50,7 @@ class Textbook:
             return [0.0, *FALLBACK]
         y = n1 / (n1 + 2 * n2)
         d = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
-        return d if all(0 <= d[i] <= i for i in (1, 2, 3)) else [0.0, *FALLBACK]
+        return d if all(0 < d[i] <= i for i in (1, 2, 3)) else [0.0, *FALLBACK]
 
     def prob(self, history: tuple[str, ...], word: str) -> float:
         lower = self.prob(history[1:], word) if history else 1 / self.vocab_size
@@ -138,6 +140,20 @@ def test_counts_without_discounts_are_told_of_by_order(ngrams, caplog: pytest.Lo
     caplog.clear()
     kneser_ney(counts_of(ngrams.made_up_text(300, vocabulary=300), 2))
     assert not caplog.records
+
+
+def test_a_discount_of_nothing_is_none_so_that_every_context_passes_something_on(  # type: ignore[no-untyped-def]
+    ngrams, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    text = ["e", "f c a b", "f a", "c a b", "c a c b", "a", "f e", "c b", "c a"]
+    with caplog.at_level(logging.WARNING):
+        model = kneser_ney(counts_of([line.split() for line in text], 2), (0,))
+    assert "order 2: the counts of" in caplog.text and "0.5, 1, 1.5 are taken" in caplog.text
+    file = BytesIO()
+    write_arpa(file, model)
+    (tmp_path / "lm.arpa").write_bytes(file.getvalue())
+    plain = ngrams.plain(read_arpa(tmp_path / "lm.arpa"))
+    assert all(plain.total(context) == pytest.approx(1.0, abs=1e-5) for context in plain.contexts())
 
 
 @pytest.mark.parametrize("prune", [(1,), (0, 2, 1), (0, 0, 0), (0, -1)])
