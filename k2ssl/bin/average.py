@@ -50,7 +50,7 @@ def average(job: Average) -> None:
     """Do the job."""
     _check(job)
     check_files(checkpoints=job.checkpoints, start=job.start, end=job.end)
-    check_output(job.output, job.overwrite)
+    check_output(job.output, job.overwrite, checkpoints=job.checkpoints, start=job.start, end=job.end)
     with refusing():
         for path in (*job.checkpoints, job.start, job.end):
             if path is not None:

@@ -164,12 +164,13 @@ class FitProgress:
 def fit(job: FitKMeans) -> None:
     """Do the job on this rank."""
     output, where = Path(job.output), choose_device(job.device)
-    check_files(cuts=job.cuts, checkpoint=job.features.checkpoint if isinstance(job.features, HiddenConfig) else None)
+    checkpoint = job.features.checkpoint if isinstance(job.features, HiddenConfig) else None
+    check_files(cuts=job.cuts, checkpoint=checkpoint)
     if job.skip_finished and output.is_file() and not job.overwrite:
         check_finished(job, output)
         print(f"{output} is there already")
         return
-    check_output(output, job.overwrite)
+    check_output(output, job.overwrite, cuts=job.cuts, checkpoint=checkpoint)
     started = time.monotonic()
     with distributed.set_up(where, timeout_minutes=PATIENCE_MINUTES) as device:
         with refusing():

@@ -9,18 +9,36 @@ from k2ssl.atomic_file import writable_folder
 from k2ssl.config import ConfigError
 
 
-def check_output(path: str | Path, overwrite: bool) -> Path:
+def check_output(path: str | Path, overwrite: bool, **inputs: str | tuple[str, ...] | None) -> Path:
     """The file that a program is to write; its folder is made.
 
+    Args:
+        path: where.
+        overwrite: whether what is there is replaced.
+        inputs: the files that the program reads, by setting; they are never replaced.
+
     Raises:
-        ConfigError: it exists and `overwrite` is False, it is a folder, or its folder cannot be written to.
+        ConfigError: it is read, it exists and `overwrite` is False, it is a folder, or its folder cannot be written to.
     """
     path = Path(path)
+    refuse_inputs(path, **inputs)
     if path.is_dir():
         raise ConfigError(f"output is {path}, which is a folder; a file is needed")
     refuse_existing(path, overwrite)
     check_folder(path.parent)
     return path
+
+
+def refuse_inputs(path: Path, **inputs: str | tuple[str, ...] | None) -> None:
+    """Keep what is read, under whatever name: through links, too.
+
+    Raises:
+        ConfigError: names the setting that the file is read for.
+    """
+    for name, given in inputs.items():
+        for other in (given,) if isinstance(given, str) else given or ():
+            if path.exists() and Path(other).exists() and path.samefile(other):
+                raise ConfigError(f"output is {path}, which is read ({name}: {other}); another file is needed")
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

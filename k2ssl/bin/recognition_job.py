@@ -69,14 +69,14 @@ class RecognitionJob:
         check_checkpoints(self.checkpoints, self.weights, self.after)
         check_files(cuts=self.cuts, **files)
 
-    def check_file_and_process(self, advice: str = "") -> Path:
-        """OUTPUT of a program that writes a file and runs in one process.
+    def check_file_and_process(self, advice: str = "", **files: str) -> Path:
+        """OUTPUT of a program that writes a file, runs in one process, and reads checkpoints, manifests and `files`.
 
         Raises:
             ConfigError: there are several processes, or the file must not or cannot be written.
         """
         check_one_process(advice)
-        return check_output(self.output, self.overwrite)
+        return check_output(self.output, self.overwrite, checkpoints=self.checkpoints, after=self.after, cuts=self.cuts, **files)
 
     def load_model(self, device: torch.device) -> TrainedModel:
         """The model with the weights that are asked for.

@@ -116,8 +116,9 @@ def train(job: TrainNgram) -> None:
     from k2ssl.decode.arpa import write_arpa
     from k2ssl.decode.kneser_ney import kneser_ney
 
-    check_files(text=job.text, cuts=job.cuts, check_text=job.check_text, check_cuts=job.check_cuts, tokenizer=job.tokenizer)
-    output = check_output(job.output, job.overwrite)
+    inputs = {"text": job.text, "cuts": job.cuts, "check_text": job.check_text, "check_cuts": job.check_cuts, "tokenizer": job.tokenizer}
+    check_files(**inputs)
+    output = check_output(job.output, job.overwrite, **inputs)
     with refusing():
         tokenizer = None if job.tokenizer is None else load_tokenizer(job.tokenizer)
         CutLists((*job.cuts, *job.check_cuts)).open()

@@ -87,7 +87,7 @@ class Coverage:
 def train(job: TrainTokenizer) -> None:
     """Do the job."""
     check_files(cuts=job.cuts, check_cuts=job.check_cuts)
-    output = check_output(job.output, job.overwrite)
+    output = check_output(job.output, job.overwrite, cuts=job.cuts, check_cuts=job.check_cuts)
     with refusing():
         CutLists((*job.cuts, *job.check_cuts)).open()
     tokenizer = train_tokenizer((pair for path in job.cuts for pair in transcripts(path, job.text)), job.tokenizer())

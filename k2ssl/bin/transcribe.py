@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -81,8 +80,6 @@ class Transcribe:
         names = [name_of(path) for path in self.audio]
         if self.format == "ctm" and (twice := [name for name in names if names.count(name) > 1]):
             raise ValueError(f"Transcribe: format is 'ctm', in which two files of audio would have the name {twice[0]!r}; do them apart")
-        if self.output is not None and Path(self.output).resolve() in [Path(path).resolve() for path in (self.checkpoint, *self.audio)]:
-            raise ValueError(f"Transcribe: output is {self.output}, which is read; another file is needed")
         if self.audio.count(STDIN) > 1:
             raise ValueError("Transcribe: audio names standard input (-) more than once")
         if not (0 < self.overlap_seconds <= self.window_seconds / 2 and self.window_seconds <= 10**5):
@@ -113,7 +110,8 @@ def transcribe(job: Transcribe) -> None:
     check_checkpoints((job.checkpoint,), job.weights, None)
     check_files(**job.search.files())
     if job.output is not None:
-        check_output(job.output, job.overwrite)
+        files = tuple(path for path in job.audio if path != STDIN)
+        check_output(job.output, job.overwrite, checkpoint=job.checkpoint, audio=files, **job.search.files())
     with refusing():
         trained = load_trained((job.checkpoint,), job.weights, None, device, choose_precision(job.precision, device))
         recognizer = build_recognizer(_method(job, trained), job.search, trained)

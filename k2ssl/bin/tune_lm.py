@@ -139,7 +139,7 @@ def tune(job: TuneLm) -> None:
     """
     device = torch.device(choose_device(job.device))
     job.check_inputs(**job.search.files())
-    output = job.check_file_and_process()
+    output = job.check_file_and_process(**job.search.files())
     candidates, read = job.candidates(), dict[str, Any]()
     with refusing():
         trained = job.load_model(device)

@@ -159,6 +159,15 @@ def test_a_file_that_exists_is_kept(command: Callable[..., list[str]], tmp_path:
     assert "--overwrite True replaces it" in capsys.readouterr().err and (tmp_path / "words.ctm").read_text() == "mine"
 
 
+def test_a_manifest_that_is_read_is_not_written_over(
+    reader: Any, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Path(changed(reader, tmp_path, lambda number, cut: cut))
+    before = manifest.read_bytes()
+    assert align.main(command("--overwrite", "True", output=manifest.name, cuts=str(manifest))) == 2
+    assert f"which is read (cuts: {manifest})" in capsys.readouterr().err and manifest.read_bytes() == before
+
+
 def test_what_cannot_be_is_refused_before_anything_is_written(
     reader: Any,
     command: Callable[..., list[str]],

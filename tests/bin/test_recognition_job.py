@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from k2ssl.bin.align import Align
 from k2ssl.bin.decode import Decode
 from k2ssl.bin.recognition_job import RecognitionJob
 from k2ssl.bin.tune_lm import TuneLm
+from k2ssl.bin.write_scores import WriteScores
+from k2ssl.config import ConfigError
 
 JOBS = {
     Decode: {"method": "ctc-greedy"},
@@ -35,3 +38,15 @@ def test_all_refuse_the_same_in_their_own_name(cls: type[RecognitionJob]) -> Non
     for change, message in (({"cuts": ()}, "cuts names no manifest"), ({"device": "tpu"}, "device is 'tpu', allowed are auto")):
         with pytest.raises(ValueError, match=f"^{cls.__name__}: {message}"):
             cls(**{**good, **change})
+
+
+@pytest.mark.parametrize("cls", [Align, WriteScores, TuneLm])
+@pytest.mark.parametrize("name", ["checkpoints", "after", "cuts", "search.lm"])
+def test_no_file_that_is_read_is_written_over(cls: type[RecognitionJob], name: str, tmp_path: Path) -> None:
+    read = {key: str(tmp_path / f"{key}.json") for key in ("checkpoints", "after", "cuts", "search.lm")}
+    for path in read.values():
+        Path(path).write_text("mine")
+    inputs = {"checkpoints": (read["checkpoints"],), "cuts": (read["cuts"],), "after": read["after"]}
+    job = cls(**{**JOBS.get(cls, {}), **inputs, "output": read[name], "overwrite": True})
+    with pytest.raises(ConfigError, match=rf"which is read \({name}: .*\); another file is needed"):
+        job.check_file_and_process(**{"search.lm": read["search.lm"]})

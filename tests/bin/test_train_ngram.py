@@ -220,6 +220,17 @@ def test_a_file_that_exists_is_replaced_only_on_request(text: Path, tmp_path: Pa
     assert run(output, "--text", text, "--order", 2, "--overwrite", True) == 0 and "the cat" in entries(output)
 
 
+def test_no_text_is_written_over(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = text.read_text(encoding="utf-8")
+    other = tmp_path / "other.txt"
+    other.write_text(before, encoding="utf-8")
+    for option in ("--text", "--check-text"):
+        given = [text] if option == "--text" else [other, option, text]
+        assert run(text, "--text", *given, "--order", 2, "--overwrite", True) == 2
+        assert text.read_text(encoding="utf-8") == before
+        assert f"which is read ({option[2:].replace('-', '_')}: {text})" in capsys.readouterr().err
+
+
 def test_unknown_characters_are_counted_anew_in_every_pass(text: Path) -> None:
     sentences = Sentences((str(text),), (), tokenizer=LetterTokenizer("acdehmnots", NormalizationConfig()))
     for _ in range(2):

@@ -123,6 +123,11 @@ def test_audio_is_not_written_over_and_names_in_a_ctm_differ(
     monkeypatch.chdir(tmp_path)
     run(audio, "--output", "one.wav", status=2)
     assert "output is one.wav, which is read" in run.error and audio.read_bytes() == content  # type: ignore[attr-defined]
+    (tmp_path / "words.txt").write_text("AB\n")
+    lexicon = ("--method", "ctc-lexicon", "--search.lexicon", "words.txt")
+    run(audio, *lexicon, "--output", tmp_path / "words.txt", "--overwrite", "True", status=2)
+    assert "which is read (search.lexicon: words.txt)" in run.error  # type: ignore[attr-defined]
+    assert (tmp_path / "words.txt").read_text() == "AB\n"
     (tmp_path / "mine.txt").write_text("mine")
     run(audio, "--output", "mine.txt", status=2)
     assert (tmp_path / "mine.txt").read_text() == "mine"
