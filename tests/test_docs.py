@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,22 @@ def test_every_command_of_a_page_is_understood_by_its_program(page: Path, monkey
                 check(words, arguments=not needs_data)
             except RefusedError as error:
                 pytest.fail(f"{named(page)}: {' '.join(words)}\n{error}")
+
+
+def test_manifests_that_a_page_makes_again_have_the_names_that_the_folder_recipe_gave_them() -> None:
+    given = [words for page in PAGES for commands, _ in shell_blocks(page.read_text(encoding="utf-8")) for words in commands]
+    made = {tuple(map(after(words), ("--audio-dir", "--out"))) for words in given if "recipes/folder/label.sh" in words}
+    again = [words for words in given if "recipes/folder/prepare_cuts.py" in words and "--overwrite" in words]
+    assert again
+    for words in again:
+        value = after(words)
+        assert (value("--audio-dir"), value("--out").removesuffix("/cuts")) in made
+        assert value("--split") == Path(value("--audio-dir")).name, "as label.sh names it"
+
+
+def after(words: list[str]) -> Callable[[str], str]:
+    """The value of an option in a command, empty if it is not there."""
+    return lambda option: words[words.index(option) + 1] if option in words else ""
 
 
 def test_what_python_in_a_page_imports_is_there() -> None:
