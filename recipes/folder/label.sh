@@ -72,8 +72,8 @@ common_options=(--max-skipped "$max_skipped" --loader.max-duration "$max_duratio
 
 if in_stages 1 "cuts"; then
     [ -z "$cuts" ] || log "the manifests are there: $cuts"
-    for i in "${!folders[@]}"; do
-        run_extra "$python" "$recipe/prepare_cuts.py" --audio-dir "${folders[i]}" --split "${splits[i]}" --out "$out/cuts"
+    for i in "${!folders[@]}"; do # a name may begin with a dash
+        run_extra "$python" "$recipe/prepare_cuts.py" "--audio-dir=${folders[i]}" "--split=${splits[i]}" --out "$out/cuts"
     done
 fi
 

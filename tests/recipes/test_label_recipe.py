@@ -49,6 +49,16 @@ def test_one_command_leads_from_sounds_to_a_report_and_the_next_skips_what_is_th
     assert [path.stat().st_mtime_ns for path in results] == before
 
 
+def test_a_folder_whose_name_begins_with_a_dash_is_no_option(tmp_path: Path) -> None:
+    (tmp_path / "-x").mkdir()
+    soundfile.write(tmp_path / "-x" / "a.flac", np.zeros(16000), 16000)
+    for given in ("./-x", "-x"):
+        done = label("--audio-dir", given, "--out", given.strip("./-"), "--stop-stage", "1", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "x" / "cuts" / "cuts_-x.jsonl.gz").is_file()
+        assert (tmp_path / "x" / "cuts" / "summary_-x.json").is_file()
+
+
 def test_a_dry_run_shows_every_command_and_does_nothing(tmp_path: Path) -> None:
     options = [
         "--audio-dir",
