@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import islice
 from typing import Any
 
@@ -21,7 +22,7 @@ def worst_requests(loader: BatchLoader[Any], most_batches: int = 2000) -> dict[s
         "longest audio": most seconds, padding included; "most utterances"; "longest utterance". The same batch may be several of these.
 
     Raises:
-        ValueError: `most_batches` is less than 1, or the epoch has no batch.
+        ValueError: `most_batches` is less than 1, or the epoch has no batch; the loader's own message says which cuts are left out, and why.
     """
     if most_batches < 1:
         raise ValueError(f"worst_requests: most_batches is {most_batches}, allowed is >= 1")
@@ -34,8 +35,17 @@ def worst_requests(loader: BatchLoader[Any], most_batches: int = 2000) -> dict[s
                 if name not in worst or size > worst[name][0]:
                     worst[name] = size, request
     if not worst:
+        _let_loader_refuse(loader)
         raise ValueError(f"epoch {loader.epoch} has no batch for rank {loader.rank} of {loader.world_size}")
     return {name: request for name, (_, request) in worst.items()}
+
+
+def _let_loader_refuse(loader: BatchLoader[Any]) -> None:
+    """Iterate a loader without a batch, which raises if all ranks need one; nothing happens to `loader` itself."""
+    alone = copy.copy(loader)
+    alone.intake, alone.num_workers = loader.intake.copy(), 0
+    alone.start_at(loader.epoch, 0)
+    next(iter(alone), None)
 
 
 def row_seconds(loader: BatchLoader[Any], request: Request) -> float:

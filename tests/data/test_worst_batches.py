@@ -84,8 +84,33 @@ def test_only_the_first_batches_are_looked_at(corpus: SmallCorpus) -> None:
 
 @pytest.mark.parametrize(
     ("message", "options", "most_batches"),
-    [("most_batches is 0, allowed is >= 1", {}, 0), ("epoch 0 has no batch for rank 1 of 2", {"min_seconds": 100.0}, 5)],
+    [
+        ("most_batches is 0, allowed is >= 1", {}, 0),
+        ("epoch 0 has no batch for every rank; cuts left out: 83 shorter than 100 s$", {"min_seconds": 100.0}, 5),
+        (
+            "every rank; cuts left out: 21 shorter than 2 s, 62 in the last batches, fewer than the 2 ranks$",
+            {"max_duration": 1e6, "num_buckets": 1},
+            5,
+        ),
+    ],
 )
 def test_nothing_to_look_at_is_refused(corpus: SmallCorpus, message: str, options: dict[str, Any], most_batches: int) -> None:
     with pytest.raises(ValueError, match=message):
         worst_requests(corpus.loader(rank=1, world_size=2, **options), most_batches)
+
+
+def test_a_rank_that_may_have_no_batch_is_named_where_the_others_need_none(corpus: SmallCorpus) -> None:
+    options: dict[str, Any] = {"max_duration": 1e6, "num_buckets": 1, "drop_incomplete": False, "world_size": 2}
+    assert worst_requests(corpus.loader(rank=0, **options))
+    loader = corpus.loader(rank=1, **options)
+    with pytest.raises(ValueError, match="epoch 0 has no batch for rank 1 of 2"):
+        worst_requests(loader)
+
+
+def test_a_loader_that_is_refused_is_left_as_it_was(corpus: SmallCorpus) -> None:
+    loader = corpus.loader(min_seconds=100.0)
+    loader.start_at(0, 3)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match="cuts left out: 83 shorter than 100 s"):
+        worst_requests(loader)
+    assert loader.state_dict() == state and not loader.excluded
