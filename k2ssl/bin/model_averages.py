@@ -57,15 +57,15 @@ def mean_of_models(first: ModelFile, others: Sequence[str]) -> dict[str, Tensor]
     """The plain mean of the same weights of several files, float64 on the CPU.
 
     Raises:
-        ValueError: a file cannot be read, or models do not belong together; names the files and what differs.
+        ValueError: a file cannot be read, or models do not belong together, or weights are not finite; names the files and what differs.
     """
 
     def states() -> Iterator[Mapping[str, Tensor]]:
-        yield weights_in(first.content, first.path, first.weights)[1]
+        yield _finite_weights(first)
         for path in others:  # one file is read after the other, so that memory does not grow with their number
             other = open_model(path, first.weights, type(first.model))
             _check_same(first, other)
-            yield weights_in(other.content, path, first.weights)[1]
+            yield _finite_weights(other)
 
     return average_of(states())
 
@@ -74,17 +74,34 @@ def mean_over_steps(start: str | None, end: ModelFile) -> tuple[dict[str, Tensor
     """The mean over the steps from `start` (exclusive; None: the beginning) to `end`, float64 on the CPU, and in words which steps.
 
     Raises:
-        ValueError: a file cannot be read or has no running average, or the two do not belong together or are in the wrong order.
+        ValueError: a file cannot be read or has no running average, or weights that are not finite, or the two do not belong together or are
+            in the wrong order.
     """
     before = None if start is None else open_model(start, "average", type(end.model))
     if before is not None:
         _check_same(before, end)
+        _finite_weights(before)
+    _finite_weights(end)
     try:
         mean = average_over_range(None if before is None else before.content, end.content)
     except ValueError as error:
         raise ValueError(f"from {start} to {end.path}: {error}") from error
     first = 1 if before is None else before.content["average"]["step"] + 1
     return mean, f"mean over steps {first} to {end.content['average']['step']}"
+
+
+def _finite_weights(file: ModelFile) -> Mapping[str, Tensor]:
+    """
+    Raises:
+        ValueError: one value that is not finite, from a run that diverged, would be in every average.
+    """
+    key, state = weights_in(file.content, file.path, file.weights)
+    for name, value in state.items():
+        if lost := int((~value.isfinite()).sum()):
+            raise ValueError(
+                f"{file.path}: cannot be averaged, {lost:,} of {value.numel():,} values of {name} under {key!r} are not finite numbers"
+            )
+    return state
 
 
 def _check_same(one: ModelFile, two: ModelFile) -> None:

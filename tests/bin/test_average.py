@@ -104,6 +104,14 @@ def flip_checkpoint() -> None:
     Path("cut.pt").write_bytes(content)
 
 
+def checkpoint_that_is_not_finite() -> None:
+    content = torch.load("5.pt", weights_only=True)
+    for key, weights, value in (("average", content["average"]["model"], "nan"), ("model", content["model"], "inf")):
+        assert "mask_embedding" in weights, key
+        weights["mask_embedding"][:2] = float(value)
+    torch.save(content, "bad.pt")
+
+
 @pytest.mark.parametrize(
     ("prepare", "arguments", "status", "message"),
     [
@@ -135,6 +143,16 @@ def flip_checkpoint() -> None:
         (None, "--end none.pt", 2, r"none\.pt: there is no such file"),
         (cut_checkpoint, "--checkpoints 1.pt cut.pt", 2, r"cut\.pt: damaged, cut short"),
         (flip_checkpoint, "--start cut.pt --end 6.pt", 2, r"cut\.pt: damaged, the checksum of record .* does not fit"),
+        (
+            checkpoint_that_is_not_finite,
+            "--checkpoints 1.pt bad.pt",
+            2,
+            r"bad\.pt: cannot be averaged, 2 of \d+ values of mask_embedding under 'model' are not finite numbers",
+        ),
+        (checkpoint_that_is_not_finite, "--checkpoints bad.pt 1.pt", 2, r"bad\.pt: cannot be averaged, 2 of .* under 'model'"),
+        (checkpoint_that_is_not_finite, "--end bad.pt", 2, r"bad\.pt: cannot be averaged, 2 of .* under 'average'"),
+        (checkpoint_that_is_not_finite, "--start 2.pt --end bad.pt", 2, r"bad\.pt: cannot be averaged, 2 of .* under 'average'"),
+        (checkpoint_that_is_not_finite, "--start bad.pt --end 6.pt", 2, r"bad\.pt: cannot be averaged, 2 of .* under 'average'"),
         (None, "--checkpoints 1.pt", 2, r"checkpoints is 1\.pt alone, at least two are needed"),
         (None, "", 2, "either --checkpoints A B ... is needed, or --end B"),
         (None, "--start 2.pt", 2, "either --checkpoints A B ... is needed, or --end B"),
