@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -63,9 +64,9 @@ def read_foreign_state(path: str | Path, weights: str = "model") -> dict[str, Te
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'a folder, a file is needed' if path.is_dir() else 'no such file'}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content, advice = (_read_safetensors(path), "") if path.suffix == ".safetensors" else _read_torch(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds no dictionary, which a checkpoint is. {_HELP}")
+        raise ValueError(f"{path}: holds no dictionary, which a checkpoint is{'. ' + advice if isinstance(content, _Inert) else ''}")
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return {str(key): value for key, value in content.items()}
     state = content.get(weights)
@@ -74,28 +75,85 @@ def read_foreign_state(path: str | Path, weights: str = "model") -> dict[str, Te
         raise ValueError(f"{path}: entry {weights!r} holds no weights; entries that do: {', '.join(usable) or 'none'}")
     if not _is_state(state):
         others = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
-        raise ValueError(f"{path}: entry {weights!r} holds not only tensors: {', '.join(others[:10])}. {_HELP}")
+        raise ValueError(f"{path}: entry {weights!r} holds not only tensors: {', '.join(others[:10])}. {advice}")
     return {str(key): value for key, value in state.items()}
-
-
-_HELP = (
-    "If it is a checkpoint, save the weights alone in the environment that made it, and import those: "
-    "python -c \"import torch; torch.save(torch.load('FILE', weights_only=False, map_location='cpu')['model'], 'WEIGHTS')\""
-)
 
 
 def _is_state(content: Mapping[str, Any]) -> bool:
     return bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 
-def _read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, with `_Inert` for everything beyond tensors and plain values."""
+def _read_torch(path: Path) -> tuple[Any, str]:
+    """What `torch.save` wrote, with `_Inert` for everything beyond tensors and plain values; and advice if that is not enough."""
+    archive = _is_archive(path)
     try:
-        stand_ins = [(_Inert, name) for name in _foreign_names(path)]
-        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # (stand-in, name) pairs are allowed
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        names = _foreign_names(path)
     except Exception as error:  # what is raised for a file that is no checkpoint depends on the file's first bytes
-        raise ValueError(f"{path}: cannot be read as a checkpoint: {load_failure(error)}. {_HELP}") from error
+        raise _unreadable(path, f"{load_failure(error).rstrip('.')}. {_ask_or_fetch(error)}") from error
+    advice = _advice(names)
+    try:
+        stand_ins = [(_Inert, name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # (stand-in, name) pairs are allowed
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive), advice
+    except Exception as error:
+        refused = isinstance(error, pickle.UnpicklingError) or _runs_things(names)
+        raise _unreadable(path, f"{load_failure(error).rstrip('.')}. {advice if refused else _FETCH}") from error
+
+
+_FETCH = "If it is a checkpoint, it is cut short or damaged: fetch it again"
+_ASK = "ask whoever made it for the weights alone, as a .safetensors file"
+_RUNNING = {"os", "posix", "nt", "sys", "subprocess", "pty", "runpy", "importlib", "shutil", "socket", "ctypes"}
+_RUNNING |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "open", "__import__")}
+
+
+def _ask_or_fetch(error: Exception) -> str:
+    """Advice about a file of which it cannot be told what it names."""
+    return f"If it is a checkpoint, {_ASK}" if isinstance(error, pickle.UnpicklingError) else _FETCH
+
+
+def _runs_things(names: list[str]) -> list[str]:
+    """Those of the names that no checkpoint needs, and that run or open something."""
+    return [name for name in names if name in _RUNNING or name.partition(".")[0] in _RUNNING]
+
+
+def _advice(names: list[str]) -> str:
+    """What to do about a file with such names in it."""
+    if running := _runs_things(names):
+        return f"It names {', '.join(running)}, which loading it would run: do not load it by other means, {_ASK}"
+    return (
+        "If it is a checkpoint and you trust who made it, save the weights alone in the environment that made it, and import those: "
+        "python -c \"import torch; torch.save(torch.load('FILE', weights_only=False, map_location='cpu')['model'], 'WEIGHTS')\""
+    )
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether the file is a zip archive, as torch writes them, or may be what torch before 1.6 wrote.
+
+    Raises:
+        ValueError: it is neither, or an archive of another kind; says what it looks like.
+    """
+    with path.open("rb") as file:
+        begins = file.read(24)
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile as error:
+            raise _unreadable(path, f"{error}. {_FETCH}") from error
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise _unreadable(path, "it is a TorchScript program, not a checkpoint")
+        return True
+    if not begins:
+        raise _unreadable(path, "it is empty (0 bytes); fetch it again")
+    if begins.startswith(b"PK"):
+        raise _unreadable(path, "the end of the archive is missing, so it is cut short; fetch it again")
+    if not begins.startswith(b"\x80"):  # a pickle's first byte
+        raise _unreadable(path, f"it begins with {begins!r}, as no file of torch.save does; fetch the file with the weights")
+    return False
+
+
+def _unreadable(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: cannot be read as a checkpoint: {why}")
 
 
 def _foreign_names(path: Path) -> list[str]:
@@ -105,7 +163,11 @@ def _foreign_names(path: Path) -> list[str]:
     found = set()
     with path.open("rb") as file:
         for _ in range(4):  # before torch 1.6: magic number, version, system, content
-            found |= {str(argument) for code, argument, _ in pickletools.genops(file) if code.name == "GLOBAL"}  # "module name"
+            for code, argument, _ in pickletools.genops(file):
+                if code.name in ("INST", "STACK_GLOBAL"):  # torch reads neither
+                    raise pickle.UnpicklingError(f"names things by {code.name}, which torch does not read without running them")
+                if code.name == "GLOBAL":
+                    found.add(str(argument))  # "module name"
     return sorted(
         {_present_name(*full.split(" ", 1)) for full in found}
     )  # names that torch allows keep their meaning: it looks there first

@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,6 +85,64 @@ def test_nothing_in_a_file_is_run(trap: type[Trap], legacy: bool, tmp_path: Path
     assert not folder.exists()
     torch.load(path, weights_only=False)  # that the trap works at all
     assert folder.exists()
+
+
+UNSAFE = "weights_only=False"
+
+
+@pytest.mark.parametrize(
+    ("content", "protocol"),
+    [
+        ({"model": STATE, "trap": Trap}, 2),
+        ({"model": STATE, "trap": Evaluation}, 4),  # names are not written out
+        ({"model": {**STATE, "trap": Evaluation}}, 2),
+        (Evaluation, 2),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_to_load_a_hostile_file_unsafely_is_never_advised(content: object, protocol: int, legacy: bool, tmp_path: Path) -> None:
+    def sprung(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: sprung(each) for key, each in value.items()}
+        return value(tmp_path / "sprung") if isinstance(value, type) else value
+
+    path = tmp_path / "x.pt"
+    torch.save(sprung(content), path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"x\.pt: ") as caught:
+        read_foreign_state(path)
+    assert UNSAFE not in str(caught.value) and not (tmp_path / "sprung").exists()
+    if protocol == 2:
+        assert "which loading it would run" in str(caught.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_that_is_cut_short_is_to_be_fetched_again(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"model": {"a": torch.zeros(5000)}}, path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for size in (0, 3, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"x\.pt: cannot be read as a checkpoint: .*fetch it again") as caught:
+            read_foreign_state(path)
+        assert UNSAFE not in str(caught.value) and ("cut short" in str(caught.value)) == (size > 0)
+
+
+def test_what_is_of_another_kind_gets_no_advice_to_load_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    for content in (b"hello world", b"<html>", b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"it begins with b'{content[:5].decode()}.*, as no file of torch\.save does") as caught:
+            read_foreign_state(path)
+        assert UNSAFE not in str(caught.value)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(ValueError, match="a TorchScript program, not a checkpoint") as caught:
+        read_foreign_state(path)
+    assert UNSAFE not in str(caught.value)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "text")
+    with pytest.raises(ValueError, match=r"x\.pt: cannot be read as a checkpoint") as caught:
+        read_foreign_state(path)
+    assert UNSAFE not in str(caught.value)
 
 
 def test_what_holds_no_weights_is_refused_with_advice(tmp_path: Path) -> None:
