@@ -192,12 +192,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:  # nested too deeply: RecursionError
         raise ValueError(f"{path}: not a safetensors file, or one cut short: {error!r}") from error
 
 
 def _tensor(content: bytearray, start: int, dtype: str, shape: list[int], begin: int, end: int) -> Tensor:
     kind = _SAFETENSORS[dtype]
+    if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"shape of a tensor is {shape!r}, a list of whole numbers >= 0 is needed")
     size = math.prod(shape)
     if not 0 <= begin <= end <= len(content) - start or end - begin != size * kind.itemsize:
         raise ValueError(f"byte range {begin} to {end} does not hold {shape} of {dtype}")

@@ -49,7 +49,7 @@ def config_from(content: Mapping[str, Any], path: str | Path) -> AnyConfig:
     table = content["config"]
     try:
         kind = table.get("kind", "hubert") if isinstance(table, Mapping) else "hubert"
-        if kind not in _CONFIGS:
+        if not isinstance(kind, str) or kind not in _CONFIGS:
             raise ValueError(f"config.kind: is {kind!r}, allowed are {', '.join(map(repr, sorted(_CONFIGS)))}")
         keys = {key: value for key, value in table.items() if key != "kind"} if isinstance(table, Mapping) else table
         return from_dict(_CONFIGS[kind], keys, "config")

@@ -184,3 +184,20 @@ def test_damaged_safetensors_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.safetensors: not a safetensors file"):
             read_foreign_state(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b'{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}', r"shape of a tensor is \[-1, -2\], a list of whole numbers >= 0"),
+        (b'{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}', r"shape of a tensor is \[True, 2\], a list of whole"),
+        (b'{"a":{"dtype":"F32","shape":"x","data_offsets":[0,8]}}', "shape of a tensor is 'x', a list of whole"),
+        (b'{"a":{"dtype":"F32","shape":[0,1180591620717411303424],"data_offsets":[0,0]}}', ""),
+        (b"[" * 100_000, "RecursionError"),
+    ],
+)
+def test_hostile_safetensors_headers_are_refused(header: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=r"x\.safetensors: not a safetensors file, or one cut short: .*" + message):
+        read_foreign_state(path)

@@ -179,3 +179,10 @@ def test_a_tokenizer_is_told_from_a_model(tmp_path: Path) -> None:
     torch.save({"format": "k2ssl-tokenizer", "version": 1}, tmp_path / "t.pt")
     with pytest.raises(ValueError, match=r"t\.pt: is a tokenizer, a model is needed"):
         load_model(tmp_path / "t.pt")
+
+
+@pytest.mark.parametrize("kind", [["asr"], {"asr": 1}, 3, None])
+def test_a_kind_that_is_no_name_is_refused(kind: object, tmp_path: Path) -> None:
+    torch.save({"config": {"kind": kind}, "model": {}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: config\.kind: is .*, allowed are 'asr', 'hubert'"):
+        load_model(tmp_path / "x.pt")
