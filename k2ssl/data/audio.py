@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 import torch
 from lhotse.cut import Cut, MonoCut
+from lhotse.cut.data import DataCut
 from lhotse.utils import compute_num_samples
 from torch import Tensor
 
@@ -58,7 +59,7 @@ def read_samples(cut: Cut, start: int, out: np.ndarray) -> None:
     except AudioError:
         raise
     except Exception as error:  # libsndfile, ffmpeg, the file system and lhotse each have their own
-        raise AudioError(cut.id, why_unreadable(error)) from error
+        raise AudioError(cut.id, _absent(cut) or why_unreadable(error)) from error
 
 
 def read_utterance(cut: Cut, normalize: bool) -> np.ndarray:
@@ -170,6 +171,13 @@ def why_unreadable(error: Exception, path: str | None = None) -> str:
     said = tried or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     said = said.replace(_SAID_OF_TEXT, _SAID_OF_OTHERS)
     return said if path is None else said.rpartition(f"Error opening {path!r}: ")[2]
+
+
+def _absent(cut: Cut) -> str:
+    """Which file of the cut's recording has nothing to read, and why; empty if there is none. libsndfile says "System error" of it."""
+    sources = cut.recording.sources if isinstance(cut, DataCut) and cut.recording is not None else ()
+    wrong = ((source.source, _why_not_opened(source.source)) for source in sources if source.type == "file")
+    return next((f"Error opening {path!r}: {why}" for path, why in wrong if why), "")
 
 
 def _why_not_opened(path: str) -> str:

@@ -71,6 +71,8 @@ class Intake:
             return "without a sample" if samples < 1 else f"shorter than {self.min_samples / self.sample_rate:g} s"
         if self.max_samples is not None and samples > self.max_samples:
             return f"longer than {self.max_samples / self.sample_rate:g} s"
+        if not cut.has_recording:
+            return "without a recording"
         if self.need_text and not transcript(cut):
             return "with an empty transcript"
         if not all(cut.id in store for store in self.labelled):

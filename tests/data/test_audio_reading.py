@@ -168,6 +168,16 @@ def test_a_file_that_is_not_what_the_manifest_says_is_named(recordings: dict[str
     assert [failure.cut_id for failure in failures] == ["the bad one"]
 
 
+@pytest.mark.parametrize("name", ["a.flac", "a.wav", "a.mp3"])
+def test_a_file_that_is_not_there_or_empty_is_called_that(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    cut = Recording("a", [AudioSource("file", [0], str(path))], RATE, RATE, 1.0).to_cut()
+    for why in ("No such file or directory", r"empty file \(0 bytes\)"):
+        with pytest.raises(AudioError, match=rf"cut a-0: Error opening '{path}': {why}$"):
+            read_utterance(cut.with_id("a-0"), normalize=False)
+        path.touch()
+
+
 def test_samples_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     samples = np.zeros(8000, np.float32)
     samples[77] = np.nan

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
+from lhotse.testing.dummies import dummy_features
+from lhotse.utils import fastcopy
 
 from k2ssl.batch import AudioBatch, PretrainBatch
 from k2ssl.data.audio import AudioError
@@ -289,3 +291,11 @@ def test_asking_what_batches_are_made_of_does_not_change_what_an_iteration_count
         if number == 1:
             assert list(asked.requests())
     assert plain.excluded == asked.excluded and sum(plain.excluded.values()) > 0
+
+
+def test_cuts_of_features_alone_are_left_out_and_named(corpus: SmallCorpus) -> None:
+    told: list[tuple[str, str]] = []
+    cuts = list(corpus.cuts())[:3]
+    cuts[1] = fastcopy(cuts[1], recording=None, features=dummy_features(1, 0.0, cuts[1].end))
+    read = [one for batch in audio_loader(cuts, max_duration=20.0, on_error=lambda *what: told.append(what)) for one in batch.ids]
+    assert set(read) == {cuts[0].id, cuts[2].id} and set(told) == {(cuts[1].id, "without a recording")}
