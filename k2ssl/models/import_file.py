@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import pickletools
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -96,7 +95,7 @@ def _read_torch(path: Path) -> tuple[Any, str]:
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # (stand-in, name) pairs are allowed
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive), advice
     except Exception as error:
-        refused = isinstance(error, pickle.UnpicklingError) or _runs_things(names)
+        refused = _is_refusal(error) or _runs_things(names)
         raise _unreadable(path, f"{load_failure(error).rstrip('.')}. {advice if refused else _FETCH}") from error
 
 
@@ -108,7 +107,16 @@ _RUNNING |= {f"builtins.{name}" for name in ("eval", "exec", "compile", "open", 
 
 def _ask_or_fetch(error: Exception) -> str:
     """Advice about a file of which it cannot be told what it names."""
-    return f"If it is a checkpoint, {_ASK}" if isinstance(error, pickle.UnpicklingError) else _FETCH
+    return f"If it is a checkpoint, {_ASK}" if _is_refusal(error) else _FETCH
+
+
+class _NamesError(Exception):
+    """Names things in a way that torch does not read without running them."""
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the file is whole but holds what is not loaded; torch raises pickle's error then, and nothing here imports pickle."""
+    return isinstance(error, _NamesError) or type(error).__name__ == "UnpicklingError"
 
 
 def _runs_things(names: list[str]) -> list[str]:
@@ -165,7 +173,7 @@ def _foreign_names(path: Path) -> list[str]:
         for _ in range(4):  # before torch 1.6: magic number, version, system, content
             for code, argument, _ in pickletools.genops(file):
                 if code.name in ("INST", "STACK_GLOBAL"):  # torch reads neither
-                    raise pickle.UnpicklingError(f"names things by {code.name}, which torch does not read without running them")
+                    raise _NamesError(f"names things by {code.name}, which torch does not read without running them")
                 if code.name == "GLOBAL":
                     found.add(str(argument))  # "module name"
     return sorted(
