@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_arpa(path: str | Path) -> Arpa:
     with _opened(str(path)) as file:
         try:
             return reader.read(io.TextIOWrapper(file, encoding="utf-8"))
-        except (UnicodeDecodeError, EOFError, OSError) as error:
+        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path}, behind line {reader.number:,}: cannot be read: {error}") from error
 
 

@@ -7,6 +7,7 @@ order, the `symbols` of the classes, and the `delimiter` between words, "" where
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +58,7 @@ def read_scores(path: str | Path) -> Scores:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             content = {field.name: arrays[field.name] for field in fields(Scores)}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: no file of scores of k2ssl.bin.write_scores: {error}") from error
     content["delimiter"] = str(content["delimiter"])
     scores = Scores(**content)

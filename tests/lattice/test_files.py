@@ -104,6 +104,16 @@ def test_a_model_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None
 SYMBOLS = ("<blank>", "<unk>", "|", "a", "b")
 
 
+def test_damaged_compressed_models_and_plain_arrays_are_refused_by_name(tmp_path: Path) -> None:
+    whole = gzip.compress(BIGRAMS.encode() * 20)
+    (tmp_path / "lm.gz").write_bytes(whole[:20] + bytes(255 - byte for byte in whole[20:50]) + whole[50:])
+    with pytest.raises(ValueError, match=r"lm\.gz, behind line \d+: cannot be read"):
+        read_arpa(tmp_path / "lm.gz")
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"x\.npy: no file of scores"):
+        read_scores(tmp_path / "x.npy")
+
+
 def test_a_lexicon_numbers_words_and_leaves_the_delimiter_to_the_graph(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("\ufeffab\nAB a b |\n\nab b a\n", encoding="utf-8")  # with the mark that some editors put first
     lexicon = read_lexicon(tmp_path / "words.txt", SYMBOLS, "|")
