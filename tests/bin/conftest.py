@@ -144,17 +144,17 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     words = tones.Words(folder)
     (folder / "tiny.toml").write_text(f'{tones.TINY}cuts = ["{words.cuts("train")}"]\n')
     options = ["--model.heads", "both", "--model.ctc-scale", "1", "--model.output-downsampling", "2", "--model.warmup-steps", "20"]
-    options += ["--trainer.batch.seconds-per-micro-batch", "20", "--trainer.valid-every", "0", "--preflight.run", "False"]
+    options += ["--trainer.batch.seconds-per-micro-batch", "20", "--trainer.valid-every", "0", "--preflight.run", "False", "--seed", "1"]
     options += [
         "--trainer.log-every",
         "40",
         "--trainer.keep.save-every",
-        "40",
+        "80",
         "--trainer.keep.keep-last",
         "9",
         "--trainer.max-steps",
-        "80",
+        "160",
     ]
     assert finetune.main(words.command(folder / "run", *options)) == 0
-    one, two = (folder / f"run/checkpoints/step-{step:09d}.pt" for step in (40, 80))
+    one, two = (folder / f"run/checkpoints/step-{step:09d}.pt" for step in (80, 160))
     return Reader(words, (one, two))

@@ -335,8 +335,8 @@ def test_weights_are_raw_averaged_over_steps_or_the_mean_of_checkpoints(reader: 
     mean = average_of([one["model"], two["model"]])
     cases = {
         "raw weights": (loaded(reader.checkpoint), two["model"]),
-        "mean over steps 1 to 80": (loaded(reader.checkpoint, weights="average"), two["average"]["model"]),
-        "mean over steps 41 to 80": (
+        "mean over steps 1 to 160": (loaded(reader.checkpoint, weights="average"), two["average"]["model"]),
+        "mean over steps 81 to 160": (
             loaded(reader.checkpoint, weights="average", after=reader.checkpoints[0]),
             average_over_range(one, two),
         ),

@@ -131,7 +131,7 @@ def test_folders_that_are_there_are_taken_although_another_has_both_names(tmp_pa
     for name in ("a", "b", "a,b"):
         (tmp_path / name).mkdir()
     done = label("--audio-dir", "a,b", "--out", "exp", "--dry-run", folder=tmp_path)
-    assert done.returncode == 0 and "--split a " in done.stdout and "--split b " in done.stdout
+    assert done.returncode == 0 and "--split=a " in done.stdout and "--split=b " in done.stdout
 
 
 @pytest.mark.parametrize(("given", "split"), [(".", "here"), ("./", "here"), ("..", "there"), ("../here/", "here"), ("link", "link")])
@@ -141,7 +141,7 @@ def test_a_split_has_the_name_of_its_folder_however_that_is_given(tmp_path: Path
     (folder / "link").symlink_to(tmp_path)
     done = label("--audio-dir", given, "--out", tmp_path / "exp", "--dry-run", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert f"--split {split} " in done.stdout and f"/cuts_{split}.jsonl.gz" in done.stdout and f"/labels/{split} " in done.stdout
+    assert f"--split={split} " in done.stdout and f"/cuts_{split}.jsonl.gz" in done.stdout and f"/labels/{split} " in done.stdout
 
 
 def test_a_folder_may_have_the_name_of_a_word_in_anothers_name(tmp_path: Path) -> None:
