@@ -13,10 +13,9 @@ from k2ssl.first_derivative import first_derivative_only
 from k2ssl.nn.precision import product_dtype
 
 # formats in which oneDNN has a fast convolution here, whose own gradients are slower than that; elsewhere they are as fast or faster
-_FAST = (
-    ({torch.float32} if torch.backends.mkldnn.is_available() else set())
-    | ({torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
-)  # fmt: skip
+_FAST: set[torch.dtype] = set()
+if torch.backends.mkldnn.is_available():  # builds without it, as macOS has them, do not know the operator below
+    _FAST = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
 _WINDOW = 16  # frames whose products with the input are a convolution of its own
 _FRAMES = 128  # at a time, some two megabytes
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,3 +107,17 @@ def test_nothing_is_computed_for_gradients_that_nobody_wants() -> None:
 def test_an_even_kernel_is_refused_by_name(module: type[DepthwiseConvolution | DepthwiseConvolution2d], kernel: int) -> None:
     with pytest.raises(ValueError, match=f"{module.__name__}: kernel is {kernel}, allowed are odd numbers"):
         module(6, kernel)
+
+
+def test_it_loads_where_torch_was_built_without_onednn() -> None:
+    program = """
+import types, torch
+torch.backends.mkldnn.is_available = lambda: False
+torch.ops.mkldnn = types.SimpleNamespace()  # its operators are not registered then
+from k2ssl.nn.depthwise import DepthwiseConvolution2d
+conv = DepthwiseConvolution2d(3, 3)
+conv(torch.randn(1, 4, 5, 3)).sum().backward()
+assert conv.weight.grad.any()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
