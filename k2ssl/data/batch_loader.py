@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 _MOST_MISSED = 2  # batches in a row of which nothing can be read; more is no damaged file but a disk that is gone
 _MOST_WORKERS = max(1024, 4 * (os.cpu_count() or 1))  # more is a slip of the pen, and would take the machine down
 
-_ANOTHER = "it is another cut set; `start_at` (of training programs: --accept-changes True) goes on after as many batches of it"
+_BY_COUNT = "`start_at` (of training programs: --accept-changes True) goes on after as many batches of it"
+_ANOTHER = f"it is another cut set; {_BY_COUNT}"
 
 OnError = Callable[[str, str], None]
 
@@ -226,7 +227,8 @@ class BatchLoader(Generic[B]):
         """
         for name, ours in self._identity().items():
             if state.get(name) != ours:
-                raise ValueError(f"loader state: {name} was {state.get(name)!r} when it was saved and is {ours!r} now; both must be equal")
+                was = state.get(name)
+                raise ValueError(f"loader state: {name} was {was!r} when it was saved and is {ours!r} now; both must be equal; {_BY_COUNT}")
         digest = state["digest"]
         self.epoch, self._consumed, self._digest = int(state["epoch"]), int(state["batches"]), None if digest is None else int(digest)
         self._resume = True

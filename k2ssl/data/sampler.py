@@ -7,13 +7,14 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from random import Random
 
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset.sampling.base import TimeConstraint
-from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketer, DynamicBucketingSampler, estimate_duration_buckets
+from lhotse.dataset.sampling.dynamic_bucketing import DynamicBucketer, estimate_duration_buckets
 
 from k2ssl.data.stable_hash import stable_hash
 
@@ -70,44 +71,56 @@ class Padded:
         return self.bins[bucket] if bucket < len(self.bins) else duration
 
 
-class RoundSampler(DynamicBucketingSampler):
-    """lhotse's sampler, which draws as many batches as there are ranks for every round and gives each rank its own.
+class RoundSampler:
+    """lhotse's dynamic bucketing, drawing as many batches as there are ranks for every round; each rank gets its own.
 
-    Every rank iterates the same cuts with the same seed. lhotse deals the cuts of an incomplete last round anew, duplicating some; here it
-    is dropped, or with `drop_incomplete=False` dealt to the first ranks. And lhotse draws the bucket of a round, which all ranks share, with
-    the same seed in every epoch of every run: runs would have the same lengths in the same order, and a small corpus the same cuts in the
-    round that is dropped. Here it is drawn from `seed`.
+    Every rank iterates the same cuts with the same seed. lhotse's own sampler deals the cuts of an incomplete last round anew, duplicating
+    some; here it is dropped, or with `drop_incomplete=False` dealt to the first ranks. And it draws the bucket of a round, which all ranks
+    share, with the same seed in every epoch of every run: runs would have the same lengths in the same order, and a small corpus the same
+    cuts in the round that is dropped. Here it is drawn from `seed`.
 
     Attributes:
         dropped: cuts of the incomplete last round, known at the end.
         digest: checksum of the ids of all rounds so far, the same on all ranks; tells cut sets apart when a state is restored.
     """
 
-    def __init__(self, cuts: Iterable[Cut], *, drop_incomplete: bool, **arguments: object) -> None:
-        super().__init__(cuts, **arguments)
+    def __init__(
+        self,
+        cuts: Iterable[Cut],
+        *,
+        constraint: BatchSeconds,
+        duration_bins: list[float],
+        shuffle: bool,
+        buffer_size: int,
+        drop_incomplete: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._bucketing = partial(
+            DynamicBucketer,
+            duration_bins=duration_bins,
+            world_size=world_size,
+            constraint=constraint,
+            buffer_size=buffer_size,
+            shuffle=shuffle,
+        )
+        self.cuts = cuts
         self.drop_incomplete = drop_incomplete
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.dropped = 0
         self.digest = 0
 
     def __iter__(self) -> RoundSampler:
         self.dropped = self.digest = 0
-        super().__iter__()
-        bucketer = DynamicBucketer(
-            zip(*self.cuts, strict=True),
-            duration_bins=self.duration_bins,
-            world_size=self.world_size,
-            constraint=self.constraint,
-            buffer_size=self.buffer_size,
-            shuffle=self.shuffle,
-            rng=self.rng,
-            bucket_rng=Random(stable_hash("buckets", self.seed)),
-            diagnostics=self.diagnostics,
-        )
-        self.cuts_iter = iter(bucketer)
+        own = {"rng": Random(self.seed), "bucket_rng": Random(stable_hash("buckets", self.seed))}
+        self._batches = iter(self._bucketing(zip(self.cuts, strict=True), **own))  # lhotse takes cuts in tuples, of one here
         return self
 
     def __next__(self) -> CutSet:
-        dealt = list(islice(self.cuts_iter, self.world_size))
+        dealt = list(islice(self._batches, self.world_size))
         self.digest = stable_hash(self.digest, *(cut.id for batch in dealt for cut in batch))
         if len(dealt) < self.world_size and self.drop_incomplete:
             self.dropped = sum(len(batch) for batch in dealt)

@@ -302,3 +302,10 @@ def test_labels_of_another_corpus_leave_no_cut_and_that_is_said(corpus: SmallCor
     store = corpus.label(tmp_path / "other", [cut.with_id(f"other-{cut.id}") for cut in corpus.cuts()])
     with pytest.raises(ValueError, match=r"epoch 0 has no batch for every rank; cuts left out: \d+ without labels"):
         next(iter(corpus.loader(stores=[store])))
+
+
+def test_a_state_of_batches_that_were_drawn_otherwise_is_refused_with_the_way_to_go_on(corpus: SmallCorpus) -> None:
+    state = corpus.loader().state_dict()
+    del state["order"]  # as it was before there was one
+    with pytest.raises(ValueError, match=r"order was None when it was saved and is 2 now; .*--accept-changes True\) goes on"):
+        corpus.loader().load_state_dict(state)
