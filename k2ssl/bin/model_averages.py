@@ -91,7 +91,8 @@ def mean_over_steps(start: str | None, end: ModelFile) -> tuple[dict[str, Tensor
 
 
 def _finite_weights(file: ModelFile) -> Mapping[str, Tensor]:
-    """
+    """The weights of a file that are to be averaged.
+
     Raises:
         ValueError: one value that is not finite, from a run that diverged, would be in every average.
     """

@@ -74,8 +74,10 @@ def kneser_ney(counts: NgramCounts, prune: Sequence[int] = ()) -> Arpa:
 
 
 def discounts(counted: Ints) -> tuple[float, float, float] | None:
-    """What is taken from n-grams that count 1, 2, and 3 or more; None if the counts admit none: all must be
-    above 0, or a context would pass on nothing. Chen and Goodman, equation 17."""
+    """What is taken from n-grams that count 1, 2, and 3 or more; None if the counts admit none. Chen and Goodman, equation 17.
+
+    All must be above 0, or a context would pass on nothing.
+    """
     n = [int((counted == i).sum()) for i in range(5)]
     if not (n[1] and n[2] and n[3]):
         return None

@@ -214,10 +214,8 @@ def test_both_heads_learn_to_read_words_they_have_not_heard_and_the_best_checkpo
 ) -> None:
     options = ["--model.heads", "both", "--model.ctc-scale", "1", "--model.output-downsampling", "2", "--model.warmup-steps", "20"]
     options += ["--trainer.batch.seconds-per-micro-batch", "20", "--trainer.keep.save-every", "60", "--trainer.valid-every", "60"]
-    assert (
-        finetune.main(words.command(tmp_path / "run", *options, "--trainer.max-steps", "240", "--trainer.log-every", "60", "--seed", "1"))
-        == 0
-    )
+    options += ["--trainer.max-steps", "240", "--trainer.log-every", "60", "--seed", "1"]
+    assert finetune.main(words.command(tmp_path / "run", *options)) == 0
     valid = {record["step"]: record for record in lines(tmp_path / "run", "valid")}
     assert valid[240]["wer_ctc"] <= 0.05 and valid[240]["wer_transducer"] <= 0.1 < valid[60]["wer_transducer"]
     assert all(record["wer"] == record["wer_transducer"] for record in valid.values())
